@@ -1,0 +1,386 @@
+"""VQGAN: images <-> grids of codes. The configuration and presets are in vqgan_config.py.
+
+    x [B, C, H, W] -> encoder -> quant_conv -> z [B, D, h, w] -> nearest codes [B, h, w]
+    codes -> codebook rows -> post_quant_conv -> decoder -> x_hat [B, C', H, W]
+
+h = H / f and w = W / f with f = 2 ** (len(ch_mult) - 1). Images are in [-1, 1]; the network never
+clamps. Segmentation (one-hot channels) and depth (one channel) are the same network with other
+`in_channels` and `out_ch`. Parameter names are those of released taming checkpoints.
+
+Source: arXiv:2012.09841; CompVis/taming-transformers taming/models/vqgan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from vqfast import _check
+from vqfast.errors import CheckpointError
+from vqfast.models.vqgan_config import PRESETS, VQGANConfig
+from vqfast.nn.attention import SpatialAttention
+from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
+
+__all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig", "code_statistics"]
+
+_PRECISIONS = {
+    "auto": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def _attention(c: VQGANConfig, channels: int) -> nn.Module:
+    return nn.Identity() if c.attn_type == "none" else SpatialAttention(channels)
+
+
+def _middle(c: VQGANConfig, channels: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "block_1": ResBlock(channels, channels, c.dropout),
+            "attn_1": _attention(c, channels),
+            "block_2": ResBlock(channels, channels, c.dropout),
+        }
+    )
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution, each followed by attention where the config asks for it."""
+
+    def __init__(self, c: VQGANConfig, before: int, width: int, blocks: int, size: int) -> None:
+        super().__init__()
+        widths = [before] + [width] * (blocks - 1)
+        self.block = nn.ModuleList(ResBlock(w, width, c.dropout) for w in widths)
+        attends = size in c.attn_resolutions and c.attn_type != "none"
+        self.attn = nn.ModuleList(SpatialAttention(width) for _ in widths if attends)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[i](h)
+        return h
+
+
+class Encoder(nn.Module):
+    """[B, in_channels, H, W] -> [B, z_channels, H/f, W/f]."""
+
+    def __init__(self, c: VQGANConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width, size = c.ch, c.resolution
+        for i, mult in enumerate(c.ch_mult):
+            level = _Level(c, width, c.ch * mult, c.num_res_blocks, size)
+            width = c.ch * mult
+            if i + 1 < len(c.ch_mult):
+                level.downsample = Downsample(width)
+                # the config's resolution decides where attention sits, never the image's
+                size //= 2
+            self.down.append(level)
+        self.mid = _middle(c, width)
+        self.norm_out = GroupNormSiLU(width)
+        self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        for part in self.mid.values():
+            h = part(h)
+        return self.conv_out(self.norm_out(h))
+
+
+class Decoder(nn.Module):
+    """[B, z_channels, h, w] -> [B, out_ch, f·h, f·w]. `up[0]`, the finest, runs last."""
+
+    def __init__(self, c: VQGANConfig) -> None:
+        super().__init__()
+        last = len(c.ch_mult) - 1
+        width, size = c.ch * c.ch_mult[last], c.resolution // c.factor
+        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.mid = _middle(c, width)
+        levels = []
+        for i in range(last, -1, -1):
+            # the first block of a level takes the width of the level below it
+            level = _Level(c, width, c.ch * c.ch_mult[i], c.num_res_blocks + 1, size)
+            width = c.ch * c.ch_mult[i]
+            if i > 0:
+                level.upsample = Upsample(width)
+                size *= 2
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = GroupNormSiLU(width)
+        self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        for part in self.mid.values():
+            h = part(h)
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(self.norm_out(h))
+
+
+def _quantizer(c: VQGANConfig) -> nn.Module:
+    # imported here: a tokenizer of one kind needs one quantizer
+    from vqfast.nn import EMAVectorQuantizer, GumbelQuantizer, VectorQuantizer
+
+    if c.quantizer == "gumbel":
+        return GumbelQuantizer(
+            c.z_channels, c.embed_dim, c.n_embed, kl_weight=c.kl_weight, temp_init=c.temp_init
+        )
+    if c.quantizer == "ema":
+        return EMAVectorQuantizer(
+            c.n_embed,
+            c.embed_dim,
+            c.beta,
+            decay=c.decay,
+            eps=c.eps,
+            dead_code_threshold=c.dead_code_threshold,
+        )
+    return VectorQuantizer(
+        c.n_embed,
+        c.embed_dim,
+        c.beta,
+        remap=c.remap,
+        unknown_index=c.unknown_index,
+        sane_index_shape=True,
+        legacy=c.legacy,
+        metric=c.metric,
+    )
+
+
+class VQGAN(nn.Module):
+    """The tokenizer: encode, decode and the training forward.
+
+    Parts under taming's names: encoder, decoder, quantize, quant_conv, post_quant_conv. The
+    quantizer works in float32 (or wider) also inside autocast and in a half model, because
+    rounding the latents changes codes. Activations are channels_last.
+
+    Args:
+        config: a VQGANConfig; None is the default, f16 with 1024 codes of 256.
+    """
+
+    def __init__(self, config: VQGANConfig | None = None) -> None:
+        super().__init__()
+        c = VQGANConfig() if config is None else config
+        if not isinstance(c, VQGANConfig):
+            raise TypeError(f"config must be a VQGANConfig, got {type(c).__name__}")
+        self.config = c
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        self.quantize = _quantizer(c)
+        self.quant_conv = nn.Conv2d(c.z_channels, c.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight whose gradients balance the adversarial loss (`losses.adaptive_weight`)."""
+        return self.decoder.conv_out.weight
+
+    @property
+    def n_codes(self) -> int:
+        """Codes are 0 .. n_codes - 1; fewer than `n_embed` when the codebook is remapped."""
+        return int(getattr(self.quantize, "re_embed", self.config.n_embed))
+
+    def _images(self, x: Tensor) -> Tensor:
+        """Checked, in the model's dtype, channels_last."""
+        _check.floating("x", x)
+        c, f = self.config, self.config.factor
+        _check.ndim("x", x, 4)
+        if x.shape[1] != c.in_channels:
+            raise ValueError(f"x must be [B, {c.in_channels}, H, W], got {list(x.shape)}")
+        if x.shape[2] % f or x.shape[3] % f or 0 in x.shape[2:]:
+            raise ValueError(f"x must have sides that are multiples of {f}, got {list(x.shape)}")
+        weight = self.encoder.conv_in.weight
+        if x.device != weight.device:
+            raise ValueError(f"x must be on the model's device ({weight.device}), got {x.device}")
+        return x.to(weight.dtype, memory_format=torch.channels_last)
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] in [-1, 1] -> latents before quantisation [B, embed_dim, h, w].
+
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: wrong rank, channels or device, or sides that are not multiples of f.
+        """
+        return self.quant_conv(self.encoder(self._images(x)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] in [-1, 1] -> codes [B, h, w] int64. Gumbel: no noise.
+
+        Raises:
+            TypeError, ValueError: as `encode_to_prequant`.
+        """
+        z = self.encode_to_prequant(x)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.quantize.codes(_wide(z))
+
+    def decode_latents(self, z_q: Tensor) -> Tensor:
+        """Quantised latents [B, embed_dim, h, w] -> images [B, out_ch, f·h, f·w], not clamped."""
+        weight = self.post_quant_conv.weight
+        z_q = z_q.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        return self.decoder(self.post_quant_conv(z_q))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes [B, h, w] of any integer type -> images [B, out_ch, f·h, f·w], not clamped.
+
+        Raises:
+            TypeError: codes is not a tensor of integers.
+            ValueError: wrong rank or device, or a code outside 0 .. n_codes - 1.
+        """
+        _check.integer_tensor("codes", codes)
+        _check.ndim("codes", codes, 3)
+        _check.same_device("codes", codes, "the model", self.post_quant_conv.weight)
+        if codes.numel():
+            low, high = (int(v) for v in torch.aminmax(codes))
+            if low < 0 or high >= self.n_codes:
+                raise ValueError(f"codes must be in 0..{self.n_codes - 1}, got {low}..{high}")
+        B, h, w = codes.shape
+        shape = (B, h, w, self.config.embed_dim)
+        return self.decode_latents(
+            self.quantize.get_codebook_entry(codes.long().reshape(-1), shape)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Training forward.
+
+        Returns:
+            x_hat [B, out_ch, H, W]; the quantizer's loss []; info with indices [B, h, w] int64, and
+            perplexity [] and usage [] (share of the codes that occur) over this batch.
+
+        Raises:
+            TypeError, ValueError: as `encode_to_prequant`.
+        """
+        z = self.encode_to_prequant(x)
+        B, _, h, w = z.shape
+        with torch.autocast(z.device.type, enabled=False):
+            z_q, loss, (_, _, indices) = self.quantize(_wide(z))
+        indices = indices.reshape(B, h, w)
+        perplexity, usage = code_statistics(indices, self.n_codes)
+        info = {"indices": indices, "perplexity": perplexity, "usage": usage}
+        return self.decode_latents(z_q), loss, info
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] for display as [B, 3, H, W] in [-1, 1].
+
+        Three channels are clamped, one (depth) is repeated, more are class scores: each class has a
+        fixed colour, the same in every process.
+        """
+        if x.shape[1] == 3:
+            return x.clamp(-1, 1)
+        if x.shape[1] == 1:
+            return x.clamp(-1, 1).expand(-1, 3, -1, -1)
+        palette = torch.rand(x.shape[1], 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return palette.to(x)[x.argmax(1)].permute(0, 3, 1, 2)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        config: str | Path | Mapping[str, Any] | VQGANConfig | None = None,
+        precision: str | None = None,
+    ) -> VQGAN:
+        """A tokenizer from a native folder, a taming .ckpt with its YAML, or another known format.
+
+        Args:
+            path: file or folder; the format is found by content. Of a pipeline, its tokenizer.
+            config: for formats that keep it elsewhere: a YAML file, a mapping or a VQGANConfig.
+            precision: "fp32" (also None and "auto"), "bf16" or "fp16".
+
+        Returns:
+            The model in eval mode, on the CPU. Global random state is left alone.
+
+        Raises:
+            CheckpointError: unreadable, unsafe or damaged file; keys or shapes that do not fit.
+            ValueError: unknown precision.
+        """
+        # imported here: building a model from a config needs no reader
+        from vqfast import checkpoints
+
+        _check.choice("precision", "auto" if precision is None else precision, tuple(_PRECISIONS))
+        if isinstance(config, VQGANConfig):
+            config = config.to_dict()
+        ckpt = checkpoints.read(path, config)
+        values, tensors = ckpt.config, ckpt.tensors
+        if ckpt.kind == "pipeline":
+            values, prefix = values["tokenizer"], "tokenizer."
+            tensors = {
+                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+            }
+        model = cls.from_tensors(values, tensors, what=str(path))
+        return model.to(_PRECISIONS[precision or "auto"]).eval()
+
+    @classmethod
+    def from_tensors(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str
+    ) -> VQGAN:
+        """A model that holds exactly `tensors`; `what` names their source in errors.
+
+        Raises:
+            CheckpointError: the config is wrong, or a key is missing, unexpected or misshapen.
+        """
+        from vqfast import checkpoints
+
+        values = dict(config)
+        if "quantize.used" in tensors:
+            # the file's own subset: a path in the config is the author's
+            values["remap"] = tensors["quantize.used"].tolist()
+        try:
+            c = VQGANConfig.from_dict(values)
+        except ValueError as e:
+            raise CheckpointError(f"{what}: {e}") from e
+        # no random initialisation: the strict load below fills every value
+        with torch.device("meta"):
+            model = cls(c)
+        shapes = {k: v.shape for k, v in model.state_dict().items()}
+        wrong = {k: v for k, v in tensors.items() if k in shapes and v.shape != shapes[k]}
+        if not wrong and len(shapes) == len(tensors):
+            model = model.to_empty(device="cpu")
+        checkpoints.load_into(model, tensors, what=what)
+        return model
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write the native format (safetensors and config.json), atomically.
+
+        Args:
+            folder: created if absent; a model already in it is replaced as a whole.
+            metadata: plain JSON values kept beside the weights.
+            dtype: stored dtype of the weights, e.g. torch.float16; None keeps theirs.
+        """
+        from vqfast.checkpoints import native
+
+        native.write(
+            folder, "tokenizer", self.config.to_dict(), self.state_dict(), metadata, dtype=dtype
+        )
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def code_statistics(indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Perplexity [] and usage [] (share of the K codes that occur) of integer indices."""
+    flat = indices.reshape(-1)
+    counts = torch.zeros(K, dtype=torch.int64, device=flat.device)
+    counts = counts.scatter_add(0, flat, torch.ones_like(flat))
+    p = counts.float() / max(1, flat.numel())
+    entropy = -torch.special.xlogy(p, p).sum()
+    return entropy.exp(), (counts > 0).float().mean()

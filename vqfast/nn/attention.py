@@ -1,0 +1,49 @@
+"""Attention over the positions of a feature map: one head across all channels.
+
+    y = x + proj(softmax(q k^T / sqrt(C)) v),   q, k, v = 1x1 convolutions of group_norm(x)
+
+Source: CompVis/taming-transformers taming/modules/diffusionmodules/model.py (AttnBlock).
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqfast.nn.blocks import group_norm
+
+
+def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v over positions; every position sees every other.
+
+    Args:
+        q, k, v: [B, C, h, w] floating point; channels_last costs no copy.
+
+    Returns:
+        [B, C, h, w] like q. The h·w x h·w matrix of weights is never held.
+    """
+    B, C, h, w = q.shape
+    q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))  # [B, 1, h·w, C]
+    out = F.scaled_dot_product_attention(q, k, v)  # scale 1/sqrt(C): one head over all channels
+    return out.squeeze(1).transpose(1, 2).reshape(B, C, h, w)
+
+
+class SpatialAttention(nn.Module):
+    """Residual self-attention over the h·w positions of x [B, C, h, w], one head.
+
+    Args:
+        channels: C, a multiple of 32.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.proj_out(spatial_attention(self.q(h), self.k(h), self.v(h)))

@@ -1,0 +1,89 @@
+"""Blocks of the stage-1 network: normalisation with SiLU, residual block, down- and upsampling.
+
+Parameter names are those of released VQGAN checkpoints, so a state dict loads without renaming.
+
+Source: arXiv:2012.09841 (appendix, table 7); CompVis/taming-transformers
+taming/modules/diffusionmodules/model.py.
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqfast.ops import group_norm_silu
+
+GROUPS = 32
+# torch's default is 1e-5; every released checkpoint was trained with this one
+EPS = 1e-6
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm as the network uses it: 32 groups, eps 1e-6."""
+    return nn.GroupNorm(GROUPS, channels, eps=EPS)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """x -> silu(group_norm(x)) in one pass; 32 groups, eps 1e-6.
+
+    Args:
+        channels: C of x [B, C, ...], a multiple of 32.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut only where channels change.
+
+    Args:
+        in_channels: C of x [B, C, H, W], a multiple of 32.
+        out_channels: channels of the result, a multiple of 32.
+        dropout: probability before the second convolution, in training only.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = GroupNormSiLU(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNormSiLU(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        changes = in_channels != out_channels
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))  # [B, C', H, W]
+        h = self.conv2(self.dropout(self.norm2(h)))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+
+
+class Downsample(nn.Module):
+    """[B, C, H, W] -> [B, C, H/2, W/2] by a 3x3 convolution of stride 2.
+
+    One row and column of zeros at the bottom and the right only: symmetric padding would shift
+    every feature by half a cell and no released checkpoint would fit.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2H, 2W]: each pixel becomes 2x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
