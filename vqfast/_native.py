@@ -1,8 +1,9 @@
 """Loads the native libraries `_C` (C++) and `_C_cuda` on first use, and calls their kernels.
 
-Tensors cross as pointer, dtype, shape and strides: neither library knows torch, so neither is tied to one version of it.
-A kernel's signature ("f32|f16 i64? -> f32~") says what it takes: dtypes joined by `|`, `?` may be None, `~` any strides;
-all else must be contiguous. From it come the reasons why a kernel refuses inputs.
+Tensors cross as pointer, dtype, shape and strides: neither library knows torch, so neither is tied
+to one version of it. A kernel's signature ("f32|f16 i64? -> f32~") says what it takes: dtypes
+joined by `|`, `?` may be None, `~` any strides; all else must be contiguous. From it come the
+reasons why a kernel refuses inputs.
 """
 
 import ctypes
@@ -61,7 +62,8 @@ def signature_refusal(text: str, tensors: list[Tensor | None], device: str) -> s
         elif t.device.type != device:
             return f"needs {device}"
         elif DTYPES.get(t.dtype, ("?",))[0] not in slot.dtypes:
-            return f"tensor {i} is {str(t.dtype).removeprefix('torch.')}, takes {'|'.join(sorted(slot.dtypes))}"
+            came, takes = str(t.dtype).removeprefix("torch."), "|".join(sorted(slot.dtypes))
+            return f"tensor {i} is {came}, takes {takes}"
         elif not slot.strided and not t.is_contiguous():
             return f"tensor {i} is not contiguous"
     return None
@@ -72,12 +74,13 @@ def _split(arguments: tuple) -> tuple[list[Tensor | None], list[int | float]]:
     return tensors, [x for x in arguments if not (x is None or isinstance(x, Tensor))]
 
 
-# ---- C++ ------------------------------------------------------------------------------------------------------------
+# ---- C++ -----------------------------------------------------------------------------------------
 
 
 @cache
 def _load() -> ModuleType | str:
-    """The library, or why there is none. The choice of the instruction set is made here, once a process."""
+    """The library, or why there is none. The choice of the instruction set is made here, once a
+    process."""
     wanted = os.environ.get("VQFAST_CPU_ISA") or ""
     if wanted and wanted not in ISAS:
         raise BackendError(f"VQFAST_CPU_ISA must be one of {', '.join(ISAS)}, got {wanted!r}")
@@ -99,7 +102,8 @@ def _load() -> ModuleType | str:
 
 
 def load() -> ModuleType | None:
-    """`vqfast._C`, or None when it is not built. BackendError when VQFAST_CPU_ISA names what the CPU lacks."""
+    """`vqfast._C`, or None when it is not built. BackendError when VQFAST_CPU_ISA names what the
+    CPU lacks."""
     library = _load()
     return None if isinstance(library, str) else library
 
@@ -151,7 +155,7 @@ def launcher(op: str) -> Callable[..., None]:
     return launch
 
 
-# ---- CUDA -----------------------------------------------------------------------------------------------------------
+# ---- CUDA ----------------------------------------------------------------------------------------
 
 
 class _CudaView(ctypes.Structure):
@@ -218,7 +222,8 @@ def _cuda_view(t: Tensor | None) -> _CudaView:
 
 @cache
 def cuda_launcher(op: str) -> Callable[..., None]:
-    """Calls the CUDA kernel of `op` on torch's current stream of the tensors' device; it does not synchronise."""
+    """Calls the CUDA kernel of `op` on torch's current stream of the tensors' device; it does not
+    synchronise."""
     function = getattr(_load_cuda(), f"vqfast_{op}")
     function.restype = ctypes.c_int
 

@@ -1,0 +1,94 @@
+"""THE shapes. Tests take the tags `smoke` and `edge`, benches take `bench`; ids are the models that
+have the shape.
+
+Letters as in the contract: N vectors, D code dimension, K codes; B batch, H heads, T tokens, d head
+dimension; C channels, H W height and width; V vocabulary; S cache slots of which n are written.
+(H is heads in attention, height in group norm.)
+"""
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """One shape of one op. `shape` maps letters to sizes; its meaning is the op's
+    `sample_inputs`."""
+
+    id: str
+    op: str
+    shape: dict[str, int]
+    tags: frozenset[str]
+
+    def __getitem__(self, letter: str) -> int:  # type: ignore[override]
+        return self.shape[letter]
+
+
+def _case(op: str, id: str, tags: str, **shape: int) -> Case:
+    return Case(id, op, shape, frozenset(tags.split()))
+
+
+def _codes(id: str, tags: str, N: int, K: int, D: int) -> list[Case]:
+    """A shape of the ops over codes."""
+    return [_case(op, id, tags, N=N, K=K, D=D) for op in ("nearest", "code_stats", "quantize")]
+
+
+CASES: tuple[Case, ...] = (
+    # ---- nearest code, statistics, quantize
+    *_codes("vqgan_f16_1024", "bench", 8192, 1024, 256),
+    *_codes("vqgan_f16_16384", "bench", 8192, 16384, 256),
+    *_codes("vqgan_f16_16384_one_image", "bench", 256, 16384, 256),
+    *_codes("gumbel_f8", "bench", 4096, 8192, 256),
+    *_codes("llamagen_16384", "bench", 8192, 16384, 8),
+    *_codes("ldm_f4", "bench", 16384, 8192, 3),
+    *_codes("ldm_f8", "bench", 8192, 16384, 4),
+    *_codes("titok_4096", "bench", 8192, 4096, 12),
+    *_codes("k8192_d32", "bench", 8192, 8192, 32),
+    *_codes("ibq_262144", "bench", 2048, 262144, 16),  # D 16, as D 256 takes minutes in the peers
+    *_codes("smoke_d4", "smoke", 300, 257, 4),
+    *_codes("smoke_d32", "smoke", 200, 515, 32),
+    *_codes("smoke_d256", "smoke", 65, 130, 256),
+    *_codes("edge_n0", "edge", 0, 5, 3),
+    *_codes("edge_n1_k1_d1", "edge", 1, 1, 1),
+    *_codes("edge_primes", "edge", 127, 61, 17),
+    *_codes("edge_d257", "edge", 31, 37, 257),
+    # ---- causal attention
+    _case("causal_attention", "taming_f16", "bench", B=8, H=16, T=256, d=64),
+    _case("causal_attention", "taming_f16_cond", "bench", B=8, H=16, T=257, d=64),
+    _case("causal_attention", "llamagen_384", "bench", B=4, H=16, T=576, d=64),
+    _case("causal_attention", "llamagen_512", "bench", B=2, H=16, T=1024, d=64),
+    _case("causal_attention", "smoke_d64", "smoke", B=2, H=3, T=130, d=64),
+    _case("causal_attention", "smoke_d40", "smoke", B=1, H=2, T=65, d=40),
+    _case("causal_attention", "edge_t1", "edge", B=2, H=1, T=1, d=16),
+    _case("causal_attention", "edge_t0", "edge", B=2, H=2, T=0, d=16),
+    _case("causal_attention", "edge_primes", "edge", B=1, H=3, T=37, d=59),
+    _case("causal_attention", "edge_d100", "edge", B=1, H=1, T=17, d=100),
+    # ---- group norm + SiLU
+    _case("group_norm_silu", "vqgan_256px", "bench", B=1, C=128, H=256, W=256, groups=32),
+    _case("group_norm_silu", "vqgan_64px", "bench", B=4, C=256, H=64, W=64, groups=32),
+    _case("group_norm_silu", "vqgan_16px", "bench", B=8, C=512, H=16, W=16, groups=32),
+    _case("group_norm_silu", "smoke", "smoke", B=2, C=64, H=9, W=7, groups=32),
+    _case("group_norm_silu", "edge_one_pixel", "edge", B=3, C=32, H=1, W=1, groups=8),
+    _case("group_norm_silu", "edge_primes", "edge", B=1, C=39, H=5, W=11, groups=13),
+    _case("group_norm_silu", "edge_b0", "edge", B=0, C=32, H=2, W=2, groups=32),
+    # ---- token loss
+    _case("cross_entropy", "vqgan_f16_16384", "bench", N=2048, V=16384),
+    _case("cross_entropy", "vqgan_f16_1024", "bench", N=4096, V=1024),
+    _case("cross_entropy", "smoke", "smoke", N=65, V=513),
+    _case("cross_entropy", "edge_v1", "edge", N=3, V=1),
+    _case("cross_entropy", "edge_n0", "edge", N=0, V=7),
+    # ---- sampling
+    _case("sample_logits", "vqgan_f16_16384", "bench", B=8, V=16384),
+    _case("sample_logits", "vqgan_f16_1024", "bench", B=8, V=1024),
+    _case("sample_logits", "smoke", "smoke", B=33, V=257),
+    _case("sample_logits", "edge_v1", "edge", B=2, V=1),
+    _case("sample_logits", "edge_b0", "edge", B=0, V=5),
+    # ---- cached decoding
+    _case("decode_attention", "gpt_336m", "bench", B=8, H=16, S=256, d=64, n=200),
+    _case("decode_attention", "smoke", "smoke", B=3, H=2, S=70, d=64, n=65),
+    _case("decode_attention", "edge_one_slot", "edge", B=1, H=1, S=1, d=16, n=1),
+    _case("decode_attention", "edge_primes", "edge", B=2, H=3, S=41, d=59, n=37),
+)
+
+
+def cases(op: str, *tags: str) -> list[Case]:
+    """The cases of an op that carry any of the tags; all of them without tags."""
+    return [c for c in CASES if c.op == op and (not tags or c.tags & set(tags))]
