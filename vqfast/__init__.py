@@ -1,6 +1,7 @@
 """vqfast: a kernel-accelerated engine for VQGAN.
 
-Public names are loaded on first use, so that `import vqfast` stays quick and loads neither triton nor Pillow.
+Public names are loaded on first use, so that `import vqfast` stays quick and loads neither triton
+nor Pillow.
 """
 
 import importlib
@@ -29,7 +30,6 @@ _HOME = {  # public name -> module that defines it
     "GPTConfig": "vqfast.models.gpt",
     "Engine": "vqfast.engine",
     "Pipeline": "vqfast.pipeline",
-    "accelerate": "vqfast.accelerate",
 }
 _MODULES = ("data", "losses", "metrics", "models", "nn", "ops", "testing", "train")
 
@@ -38,7 +38,8 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        # ops first: schemas exist before anything is traced, and a function wins over the module of its name
+        # ops first: schemas exist before anything is traced, and a function wins over the module of
+        # its name
         importlib.import_module("vqfast.ops")
         value = getattr(importlib.import_module(_HOME[name]), name)
     elif name in _MODULES:
