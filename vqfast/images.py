@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # decoders that Pillow links in; no format here starts another program or reads a second file
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # fmt: off
 EXTENSIONS = frozenset([
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif",
