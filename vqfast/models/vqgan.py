@@ -20,7 +20,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from vqfast import _check
+from vqfast import _check, checkpoints
+from vqfast.checkpoints import native
 from vqfast.errors import CheckpointError
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.nn.attention import SpatialAttention
@@ -307,20 +308,11 @@ class VQGAN(nn.Module):
             CheckpointError: unreadable, unsafe or damaged file; keys or shapes that do not fit.
             ValueError: unknown precision.
         """
-        # imported here: building a model from a config needs no reader
-        from vqfast import checkpoints
-
         _check.choice("precision", "auto" if precision is None else precision, tuple(_PRECISIONS))
         if isinstance(config, VQGANConfig):
             config = config.to_dict()
-        ckpt = checkpoints.read(path, config)
-        values, tensors = ckpt.config, ckpt.tensors
-        if ckpt.kind == "pipeline":
-            values, prefix = values["tokenizer"], "tokenizer."
-            tensors = {
-                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
-            }
-        model = cls.from_tensors(values, tensors, what=str(path))
+        ckpt = checkpoints.read(path, config, expect="tokenizer")
+        model = cls.from_tensors(ckpt.config, ckpt.tensors, what=str(path))
         return model.to(_PRECISIONS[precision or "auto"]).eval()
 
     @classmethod
@@ -332,25 +324,15 @@ class VQGAN(nn.Module):
         Raises:
             CheckpointError: the config is wrong, or a key is missing, unexpected or misshapen.
         """
-        from vqfast import checkpoints
-
-        values = dict(config)
-        if "quantize.used" in tensors:
-            # the file's own subset: a path in the config is the author's
-            values["remap"] = tensors["quantize.used"].tolist()
         try:
-            c = VQGANConfig.from_dict(values)
+            c = VQGANConfig.from_dict(config)
         except ValueError as e:
             raise CheckpointError(f"{what}: {e}") from e
-        # no random initialisation: the strict load below fills every value
+        # nothing is drawn and no memory is taken until every shape is known to fit
         with torch.device("meta"):
             model = cls(c)
-        shapes = {k: v.shape for k, v in model.state_dict().items()}
-        wrong = {k: v for k, v in tensors.items() if k in shapes and v.shape != shapes[k]}
-        if not wrong and len(shapes) == len(tensors):
-            model = model.to_empty(device="cpu")
         checkpoints.load_into(model, tensors, what=what)
-        return model
+        return model.to(memory_format=torch.channels_last)
 
     def save_pretrained(
         self,
@@ -365,8 +347,6 @@ class VQGAN(nn.Module):
             metadata: plain JSON values kept beside the weights.
             dtype: stored dtype of the weights, e.g. torch.float16; None keeps theirs.
         """
-        from vqfast.checkpoints import native
-
         native.write(
             folder, "tokenizer", self.config.to_dict(), self.state_dict(), metadata, dtype=dtype
         )

@@ -25,9 +25,9 @@ class VQGANConfig:
 
     Codes: `n_embed` codes of `embed_dim`; `quantizer` "vq", "gumbel" or "ema"; `metric` "l2",
     "cosine" (both sides normalised) or "dot" (vq only). `beta` weighs the commitment term, or the
-    codebook term when `legacy`, as released checkpoints were trained. `remap` keeps a subset of the
-    codes: their ids, or the path of a .npy file that holds them; `unknown_index` says what becomes
-    of the others: "random", "extra" or an id.
+    codebook term when `legacy`, as released checkpoints were trained. `remap` lists the ids of
+    the codes that are kept, if not all are; `unknown_index` says what becomes of the others:
+    "random", "extra" or an id.
 
     Gumbel: `kl_weight`, `temp_init`. EMA: `decay`, `eps`, and `dead_code_threshold`, the smoothed
     count below which a code is revived (0: never).
@@ -53,7 +53,7 @@ class VQGANConfig:
     metric: str = "l2"
     beta: float = 0.25
     legacy: bool = True
-    remap: tuple[int, ...] | str | None = None
+    remap: tuple[int, ...] | None = None
     unknown_index: str | int = "random"
     kl_weight: float = 5e-4
     temp_init: float = 1.0
@@ -101,8 +101,9 @@ class VQGANConfig:
         if self.remap is not None:
             if self.quantizer != "vq":
                 raise ValueError(f"remap must be null for quantizer {self.quantizer}")
-            if not isinstance(self.remap, str):
-                object.__setattr__(self, "remap", _integers("remap", self.remap, low=0))
+            object.__setattr__(self, "remap", _integers("remap", self.remap, low=0))
+            if not self.remap or max(self.remap) >= self.n_embed:
+                raise ValueError(f"remap must list ids in 0..{self.n_embed - 1}")
         if not isinstance(self.unknown_index, str):
             _check.integer("unknown_index", self.unknown_index, low=0)
         else:
