@@ -1,7 +1,7 @@
 """Checkpoints of every known format, as plain data: a configuration tree and named tensors.
 
 One file per format with `claims(source) -> bool`, `read(source) -> Checkpoint` and, where the
-format can be written, `write(path, kind, config, tensors, ...)`. A new format is one new file:
+format can be written, `write(path, kind, config, tensors, metadata)`. A new format is one new file:
 files are found by name. This package knows no model class; `VQGAN.from_pretrained` and
 `Pipeline.from_pretrained` call `read`, build the model and call `load_into`.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vqfast.checkpoints._source import Source
 from vqfast.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Source", "clean_tensors", "formats", "load_into", "read"]
+__all__ = ["Checkpoint", "Source", "clean_tensors", "fit", "formats", "load_into", "read"]
 
 # Keys of released files that no model here has. Anything else that is unexpected is an error.
 IGNORED = (
@@ -120,58 +120,72 @@ def _as_expected(checkpoint: Checkpoint, expect: str | None, path: str | os.Path
 
 
 def load_into(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, what: str | os.PathLike = "checkpoint"
+) -> None:
+    """Copies `tensors` into the parameters and buffers of `module`, in their dtypes.
+
+    All or nothing: the module is untouched when a key does not fit.
+
+    Args:
+        module: may be on the meta device; its parameters and buffers are then made here.
+        tensors: by state-dict name.
+        what: path for the error text.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and wrong-shape key.
+    """
+    fitting, _ = fit(module, tensors, what=what)
+    with torch.no_grad():
+        for name, want in module.state_dict(keep_vars=True).items():
+            _put(module, name, want, fitting[name])
+
+
+def fit(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     *,
     allow_partial: bool = False,
     what: str | os.PathLike = "checkpoint",
-) -> list[str]:
-    """Copies `tensors` into the parameters and buffers of `module`, all or nothing, in the module's
-    dtypes.
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Holds `tensors` against the state dict of `module`, which is not changed.
 
     Args:
-        module: may be on the meta device; its parameters and buffers are then made here.
-        tensors: by state-dict name.
-        allow_partial: True sets to zero what is missing or has another shape, and drops what is
-            unexpected.
+        allow_partial: True puts zeros where a tensor is missing or has another shape, and drops
+            what is unexpected.
         what: path for the error text.
 
     Returns:
-        One line per key that did not fit; [] unless allow_partial.
+        A tensor for each key of the module; one line for each key that was replaced or dropped.
 
     Raises:
         CheckpointError: lists every missing, unexpected and wrong-shape key.
     """
     wanted = module.state_dict(keep_vars=True)
-    bad = [f"missing {name}" for name in wanted if name not in tensors]
-    bad += [f"unexpected {name}" for name in tensors if name not in wanted]
-    fits: dict[str, Tensor] = {}
-    for name in wanted.keys() & tensors.keys():
-        want, got = wanted[name], tensors[name]
-        if want.shape != got.shape:
+    bad = [f"unexpected {name}" for name in tensors if name not in wanted]
+    fitting: dict[str, Tensor] = {}
+    for name, want in wanted.items():
+        got = tensors.get(name)
+        if got is None:
+            bad.append(f"missing {name}")
+        elif want.shape != got.shape:
             bad.append(f"{name} has shape {list(got.shape)}, the model {list(want.shape)}")
         elif want.is_floating_point() != got.is_floating_point():
             bad.append(f"{name} has dtype {got.dtype}, the model {want.dtype}")
         else:
-            fits[name] = got
+            fitting[name] = got
     if bad and not allow_partial:
         raise CheckpointError(f"{what}: does not fit the model: {'; '.join(sorted(bad))}")
-    with torch.no_grad():
-        for name, want in wanted.items():
-            _put(module, name, want, fits.get(name))
-    return sorted(bad)
+    for name in wanted.keys() - fitting.keys():
+        fitting[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
+    return fitting, sorted(bad)
 
 
-def _put(module: nn.Module, name: str, want: Tensor, value: Tensor | None) -> None:
-    """Sets one parameter or buffer, zero where there is no value; a meta tensor is replaced by a
-    real one.
-    """
+def _put(module: nn.Module, name: str, want: Tensor, value: Tensor) -> None:
+    """Sets one parameter or buffer; a meta tensor is replaced by a real one."""
     if not want.is_meta:
-        want.zero_() if value is None else want.copy_(value)
+        want.copy_(value)
         return
-    real = torch.zeros(want.shape, dtype=want.dtype)
-    if value is not None:
-        real.copy_(value)
+    real = value.detach().clone().to(want.dtype)
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if isinstance(want, nn.Parameter):

@@ -51,7 +51,7 @@ class Source:
 
     @functools.cached_property
     def tree(self) -> Any:
-        """What `torch.save` wrote. CheckpointError when it is anything else; see `_unpickle.load`."""
+        """What `torch.save` wrote. CheckpointError when it is anything else."""
         return _unpickle.load(self.path)
 
     @functools.cached_property

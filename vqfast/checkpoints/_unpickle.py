@@ -96,7 +96,6 @@ _CHECKPOINT_CALLBACKS = (
     "pytorch_lightning.callbacks.model_checkpoint",
     "pytorch_lightning.callbacks.pt_callbacks",
     "lightning.pytorch.callbacks.model_checkpoint",
-    "lightning_fabric.callbacks.model_checkpoint",
 )
 _NUMPY_DTYPES = (
     "Bool",
@@ -122,7 +121,7 @@ _STAND_INS: list[tuple[Any, str]] = [
     *((type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _INERT_CLASSES),
     (_InertDtype, "numpy.dtype"),
     (_inert_dict, "builtins.dict"),
-    (lambda *args: {}, "collections.defaultdict"),
+    (_inert_dict, "collections.defaultdict"),
 ]
 ALLOWED = frozenset(_TORCH_GLOBALS) | {name for _, name in _STAND_INS}
 

@@ -299,14 +299,18 @@ def _conditioning(params: Mapping, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def write(
-    path: str | os.PathLike, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: str | os.PathLike,
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `path` with {"state_dict": ...} and `STEM.yaml` beside it; bits and names are those of
-    `tensors`.
+    """Writes {"state_dict": ...} into `path` and its YAML beside it; bits and names stay.
 
     Args:
-        path: ends in .ckpt.
+        path: ends in .ckpt; the YAML is STEM.yaml.
         kind, config, tensors: as in `Checkpoint`.
+        metadata: of it the format has a place for `global_step` alone.
 
     Raises:
         ValueError: the configuration has no word in taming's YAML; the text says which.
@@ -323,10 +327,11 @@ def write(
             renamed[_PREFIXES[ours] + key.removeprefix(ours)] = x
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: x.detach().cpu().contiguous() for key, x in renamed.items()}
+    step = {key: metadata[key] for key in ("global_step",) if metadata and key in metadata}
     with _files.atomic_file(path.with_suffix(".yaml")) as temporary:
         temporary.write_text(yaml.safe_dump({"model": tree}, sort_keys=False), encoding="utf-8")
     with _files.atomic_file(path) as temporary:
-        torch.save({"state_dict": state}, temporary)
+        torch.save({"state_dict": state, **step}, temporary)
 
 
 def _tokenizer_yaml(config: Mapping[str, Any]) -> dict:

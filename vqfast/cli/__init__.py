@@ -1,0 +1,134 @@
+"""The command line: `vqfast VERB ...`, also `python -m vqfast`.
+
+`main` parses, runs one verb and turns what happens into an exit code: 0 done; 1 it failed while
+running; 2 bad usage or configuration; 130 interrupted; 143 terminated. Errors are one line on
+stderr. A verb is one file here with `run(args) -> Report`; its flags are in `_parser`. The files of
+the verbs are loaded when they are used, so that `--help` does not wait for torch.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from vqfast.cli._parser import Report, UsageError, parse
+
+__all__ = ["main"]
+
+_FAILURES = ("CheckpointError", "DataError", "NonFiniteError", "BackendError")
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; not an Exception, so that nothing on the way takes it for a failure."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    Args:
+        argv: without the program's name; None takes the process's own.
+    """
+    with _terminable():
+        try:
+            code = _run(sys.argv[1:] if argv is None else list(argv))
+        except KeyboardInterrupt:
+            code = _say("interrupted", 130)
+        except _Terminated:
+            code = _say("terminated", 143)
+        except BrokenPipeError:  # the reader of our output has left, as `| head` does
+            code = 0
+        return _flushed(code)
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        args = parse(argv)
+        report = importlib.import_module(f"vqfast.cli.{args.module}").run(args)
+    except SystemExit as leave:  # --help, --version, and argparse's own complaints
+        return leave.code if isinstance(leave.code, int) else 2
+    except UsageError as error:
+        return _say(f"error: {error}", 2)
+    except FileExistsError as error:
+        return _say(f"error: {error}; --overwrite replaces it", 1)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _say(f"error: {_reason(error)}", 1)
+    except MemoryError:
+        return _say("error: out of memory", 1)
+    except Exception as error:  # the last line of defence: a user gets one line, never a traceback
+        return _failed(error)
+    _write(report, bool(getattr(args, "json", False)))
+    return report.code
+
+
+def _failed(error: Exception) -> int:
+    name = type(error).__name__
+    if name == "ConfigError":
+        return _say(f"error: {error}", 2)
+    if name in _FAILURES:
+        return _say(f"error: {name}: {error}", 1)
+    place = _origin(error.__traceback__)
+    return _say(f"error: {name}: {error} ({place})", 1)
+
+
+def _origin(trace: TracebackType | None) -> str:
+    """File and line where an unforeseen error arose, for the report of a bug."""
+    frames = traceback.extract_tb(trace)
+    ours = [f for f in frames if f"{os.sep}vqfast{os.sep}" in f.filename] or frames
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "unknown place"
+
+
+def _reason(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def _say(text: str, code: int) -> int:
+    """One line on stderr, whatever the text holds."""
+    line = " ".join(text.split())
+    with contextlib.suppress(OSError, ValueError):
+        print(f"vqfast: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _write(report: Report, as_json: bool) -> None:
+    text = json.dumps(report.values, allow_nan=False) if as_json else report.text
+    if text and sys.stdout is not None:
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _flushed(code: int) -> int:
+    """Python flushes stdout once more on its way out, and would complain of a reader that left."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the program, so that temporary files are removed on the way."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    old: Any = None
+    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+        old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
