@@ -1,0 +1,258 @@
+"""Triton kernels under the interpreter (no GPU) against the references in float64.
+
+TRITON_INTERPRET must be set before triton is imported, and would stay set for the tests that follow, so this file is also
+a script: one child process runs every check below and prints one JSON line each; the tests read them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.float16)  # the interpreter has no bfloat16 dots in triton 3.6
+CHECKS = {}
+
+
+def check(function):
+    """Registers a check, run in the child."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=rng(seed)).to(dtype)
+
+
+def run(op, *inputs):
+    """The op on the Triton kernel, on memory filled with NaN; inputs must not change."""
+    from vqfast import _dispatch
+
+    kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    with _dispatch.backend("triton"):
+        out = _dispatch.OPS[op](*inputs)
+    for a, b in zip(inputs, kept, strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
+    return (out,) if isinstance(out, torch.Tensor) else out
+
+
+def exact(op, *inputs):
+    """The reference in float64."""
+    from vqfast import _dispatch
+
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    out = _dispatch.OPS[op].reference(*wide)
+    return (out,) if isinstance(out, torch.Tensor) else out
+
+
+def plain(op, *inputs):
+    """The reference, plain torch, in the dtype of the inputs."""
+    from vqfast import _dispatch
+
+    out = _dispatch.OPS[op].reference(*inputs)
+    return (out,) if isinstance(out, torch.Tensor) else out
+
+
+def within(op, inputs, factor, what):
+    """The budget rule for every floating output of an op."""
+    from vqfast.testing import compare
+
+    found = run(op, *inputs)
+    for i, (o, p, e) in enumerate(zip(found, plain(op, *inputs), exact(op, *inputs), strict=True)):
+        ratio = compare.budget_ratio(o, p, e, factor)
+        assert ratio <= 1, f"{op} output {i}, {what}: error {ratio:.3g} of the allowed"
+    return found
+
+
+# ---- cross entropy -------------------------------------------------------------------------------
+
+
+@check
+def cross_entropy_meets_the_budget():
+    for dtype in DTYPES:
+        for N, V in ((1, 1), (3, 7), (5, 513), (2, 5003), (0, 9)):
+            logits = 4 * normal(N + V, N, V, dtype=dtype) + 30
+            targets = torch.randint(V, (N,), generator=rng(1))
+            _, top, log_sum = within("cross_entropy", (logits, targets), 2, f"{dtype} {N}x{V}")
+            grad = normal(3, 1).expand(N) if V == 7 else normal(3, N)
+            inputs = (grad, logits, targets, top, log_sum)
+            within("cross_entropy_backward", inputs, 3, f"{dtype} {N}x{V}")
+
+
+@check
+def cross_entropy_shows_bad_rows_and_masks_impossible_tokens():
+    x = normal(5, 6, 40)
+    x[0, 3], x[1, 3], x[2] = float("nan"), float("inf"), -float("inf")
+    x[3, 5:], x[4, :17] = -float("inf"), -float("inf")
+    targets = torch.tensor([0, 0, 0, 2, 20, 99])  # the last is out of range
+    loss = run("cross_entropy", x, targets)[0]
+    assert loss.isnan().tolist() == [True, True, True, False, False, True]
+    right = torch.nn.functional.cross_entropy(x[3:5].double(), targets[3:5], reduction="none")
+    assert torch.allclose(loss[3:5].double(), right, rtol=1e-6)
+
+
+# ---- code statistics -----------------------------------------------------------------------------
+
+
+@check
+def code_stats_counts_and_sums():
+    from vqfast.testing import compare
+
+    for dtype in (*DTYPES, torch.float64):
+        for N, K, D in ((0, 5, 3), (1, 1, 1), (1500, 3, 7), (127, 61, 17), (300, 40, 130)):
+            z = normal(N + D, N, D, dtype=dtype)
+            index = torch.randint(K, (N,), generator=rng(2))
+            index[N // 2 :] = index[N // 2 :].clamp_max(1)  # many rows on few codes
+            counts, sums = run("code_stats", index, z, K)
+            assert torch.equal(counts, torch.bincount(index, minlength=K))
+            wide = torch.zeros(K, D, dtype=torch.float64).index_add_(0, index, z.double())
+            each = z if dtype == torch.float64 else z.float()
+            same = torch.zeros(K, D, dtype=each.dtype).index_add_(0, index, each)
+            ratio = compare.budget_ratio(sums, same, wide, 2)
+            assert sums.dtype == each.dtype and ratio <= 1, f"{dtype} {N} {K} {D}: {ratio:.3g}"
+            assert torch.equal(sums, run("code_stats", index, z, K)[1])
+
+
+@check
+def code_stats_keeps_a_bad_row_to_its_own_code():
+    z = normal(1, 50, 6)
+    index = torch.randint(9, (50,), generator=rng(2))
+    clean = run("code_stats", index, z, 9)[1]
+    z[7] = float("nan")
+    sums = run("code_stats", index, z, 9)[1]
+    assert sums[index[7]].isnan().all()
+    others = torch.arange(9) != index[7]
+    assert torch.equal(sums[others], clean[others])
+    strided = run("code_stats", index, normal(1, 6, 50).T, 9)[1]
+    assert torch.equal(strided, run("code_stats", index, normal(1, 6, 50).T.contiguous(), 9)[1])
+
+
+# ---- group norm + SiLU ---------------------------------------------------------------------------
+
+_NORM_SHAPES = (  # B, C, positions, groups
+    (2, 64, (9, 7), 32), (3, 32, (1, 1), 8), (1, 39, (5, 11), 13), (1, 6, (50, 50), 2),
+    (2, 8, (), 4), (1, 72, (3,), 1), (2, 128, (4, 4, 4), 32),
+)  # fmt: skip
+
+
+@check
+def group_norm_silu_meets_the_budget():
+    for dtype in DTYPES:
+        for B, C, positions, groups in _NORM_SHAPES:
+            for last in (False, True):
+                x = normal(C, B, C, *positions) * 2 + 3
+                x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x).to(dtype)
+                dy = normal(C + 1, B, *positions, C).movedim(-1, 1) if last else normal(C + 1, *x.shape)
+                weight, bias = 1 + 0.3 * normal(1, C), 0.3 * normal(2, C)
+                what = f"{dtype} {B} {C} {positions} {groups} last {last}"
+                inputs = (x, weight, bias, groups, 1e-6)
+                y, mean, rstd = within("group_norm_silu", inputs, 2, what)
+                assert y.stride() == x.stride()
+                inputs = (dy.to(dtype), x, weight, bias, mean, rstd, groups)
+                dx = within("group_norm_silu_backward", inputs, 3, what)[0]
+                assert dx.stride() == x.stride()
+
+
+@check
+def group_norm_silu_keeps_its_digits_under_an_offset():
+    x = normal(4, 1, 16, 20, 20)
+    args = (torch.ones(16), torch.zeros(16), 4, 1e-6)
+    y, _, rstd = run("group_norm_silu", x + 4096, *args)
+    right, _, right_rstd = exact("group_norm_silu", x + 4096, *args)
+    assert (rstd / right_rstd - 1).abs().max() < 1e-6 and (y - right).abs().max() < 1e-5
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@check
+def sampling_equals_the_reference():
+    for dtype in DTYPES:
+        for B, V in ((5, 1), (12, 257), (3, 1000)):
+            x = (3 * normal(V, B, V)).to(dtype)  # float16 has many ties
+            x[0, V // 2 :] = -float("inf") if V > 1 else 0.0
+            index = torch.randint(1 << 40, (B,), generator=rng(3))
+            for options in ((1.0, 0, 1.0), (0.0, 3, 0.5), (0.7, 1, 1.0), (1.3, 20, 0.9), (1e-30, 0, 1.0),
+                            (2.0, 0, 0.3), (1.0, 5000, 0.999), (1.0, 7, 1e-9)):  # fmt: skip
+                seed, position = ((1234, 5), (-3, 2**31 + 7), (2**62 + 1, 0))[B % 3]
+                inputs = (x, index, *options, seed, position)
+                found, right = run("sample_logits", *inputs)[0], plain("sample_logits", *inputs)[0]
+                assert torch.equal(found, right), f"{dtype} {B} {V} {options} {seed} {position}"
+
+
+@check
+def sampling_marks_bad_rows_and_touches_no_other():
+    x, index = normal(1, 6, 50), torch.arange(6)
+    for options in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 5, 0.8)):
+        clean = run("sample_logits", x, index, *options, 1, 2)[0]
+        sick = x.clone()
+        sick[1, 7], sick[3, 0], sick[4] = float("nan"), float("inf"), -float("inf")
+        found = run("sample_logits", sick, index, *options, 1, 2)[0]
+        assert found[[1, 3, 4]].tolist() == [-1, -1, -1]
+        assert torch.equal(found[[0, 2, 5]], clean[[0, 2, 5]])
+
+
+# ---- cached decoding -----------------------------------------------------------------------------
+
+
+@check
+def decode_attention_meets_the_budget_and_reads_no_unwritten_slot():
+    for dtype in DTYPES:
+        for B, H, S, d, length in ((3, 2, 300, 64, 290), (1, 1, 1, 16, 1), (2, 3, 41, 59, 37), (1, 2, 9, 100, 0)):
+            q, k, v = normal(1, B, H, d, dtype=dtype), *normal(2, 2, B, H, S, d, dtype=dtype)
+            clean = within("decode_attention", (q, k, v, length), 2, f"{dtype} {B} {H} {S} {d}")[0]
+            k[:, :, length:], v[:, :, length:] = float("nan"), float("inf")
+            assert torch.equal(run("decode_attention", q, k, v, length)[0], clean)
+
+
+@check
+def decode_attention_is_the_same_in_any_batch():
+    q, k, v = normal(1, 5, 2, 32), *normal(2, 2, 5, 2, 50, 32)
+    whole = run("decode_attention", q, k, v, 47)[0]
+    for b in range(5):
+        assert torch.equal(run("decode_attention", q[b:][:1], k[b:][:1], v[b:][:1], 47)[0][0], whole[b])
+
+
+# ---- the two halves ------------------------------------------------------------------------------
+
+
+def _child():
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:] or CHECKS
+    for name in wanted:
+        begin = time.process_time()
+        try:
+            CHECKS[name]()
+            error = None
+        except Exception:
+            error = traceback.format_exc()
+        seconds = time.process_time() - begin
+        print(json.dumps({"name": name, "error": error, "seconds": seconds}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def results():
+    pytest.importorskip("triton")
+    env = dict(os.environ, TRITON_INTERPRET="1", VQFAST_POISON="1", OMP_NUM_THREADS="1")
+    env.pop("VQFAST_BACKEND", None)
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line["name"]: line["error"] for line in lines}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(results, name):
+    assert results[name] is None, results[name]
+
+
+if __name__ == "__main__":
+    _child()
