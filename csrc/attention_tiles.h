@@ -1,0 +1,252 @@
+// Register tiles and packing that both attention kernels are made of. Included once per instruction set, after simd.h.
+//
+// Blocks of q, k, v and of the upstream gradient are packed into float32 scratch, padded with zeros to whole vectors and
+// whole tiles of kRows rows; everything after that is `product` on packed blocks.
+//
+// A tile keeps kRows x kVecs vectors in registers: 6 x 4 of 32 with AVX-512, 6 x 2 of 16 otherwise; a step loads kVecs
+// vectors and broadcasts kRows floats for kRows * kVecs multiply-adds.
+//
+// The causal diagonal is a triangle inside a tile, unrolled at compile time: a slot of the future is not multiplied by
+// zero, it is not read. So NaN there cannot leak, and no multiplication is spent on it.
+
+#include "simd.h"
+
+namespace vqfast::VQFAST_ISA::attention {
+
+constexpr int kRows = 6;
+constexpr int kVecs = VQFAST_LANES == 16 ? 4 : 2;
+
+template <class Int>
+constexpr Int round_up(Int n, Int to) {
+  return (n + to - 1) / to * to;
+}
+
+// e^x for x <= 0 (up to rounding); 0 below -87.3, NaN stays; other arguments give garbage, never a trap
+VQFAST_INLINE VF exp_nonpositive(VF x) {
+  const VF low = broadcast(-87.33654f);
+  const VF c = x < low ? low : x;
+  const VF magic = broadcast(12582912.0f);
+  const VF n = fma(c, broadcast(1.44269504f), magic) - magic;
+  VF r = fma(n, broadcast(-0.693359375f), c);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  VF p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p * r, r, r) + 1.0f;
+  const VI k = __builtin_convertvector(n, VI);
+  p = p * (VF)((k + 127) << 23);
+  return x < low ? VF{} : p;
+}
+
+// ---- c[r][:] += sum_t a(r, t) b[t][:] for kRows rows ------------------------------------------------------------------
+
+// How a(r, t) lies in memory: a[r * lda + t], or a[t * lda + r].
+enum class Walk { kAlongRow, kDownColumn };
+// Which steps a row takes. kAll: t in [0, n). kFirst: t in [0, n + r], the last kRows steps being the diagonal.
+// kFrom: t in [r, n), the first kRows steps being the diagonal.
+enum class Steps { kAll, kFirst, kFrom };
+
+template <int NV, Walk W>
+VQFAST_INLINE void step(const float* a, int64_t lda, int64_t t, const float* b, int r_begin,
+                        int r_end, VF (&acc)[kRows][NV]) {
+  VF bv[NV];
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) bv[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    if (r < r_begin || r >= r_end) continue;
+    const VF x = broadcast(W == Walk::kAlongRow ? a[r * lda + t] : a[t * lda + r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = fma(x, bv[v], acc[r][v]);
+  }
+}
+
+template <int NV, Walk W, Steps S>
+void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n, float* c,
+          int64_t ldc) {
+  VF acc[kRows][NV] = {};
+  int64_t t = 0;
+  if (S == Steps::kFrom) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) step<NV, W>(a, lda, i, b + i * ldb, 0, i + 1, acc);
+    t = kRows;
+  }
+  for (; t < n; ++t) step<NV, W>(a, lda, t, b + t * ldb, 0, kRows, acc);
+  if (S == Steps::kFirst) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) step<NV, W>(a, lda, n + i, b + (n + i) * ldb, i, kRows, acc);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      float* at = c + r * ldc + v * kLanes;
+      store(at, load(at) + acc[r][v]);
+    }
+}
+
+// All `columns` of b and c, a multiple of kLanes.
+template <Walk W, Steps S>
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n, float* c,
+             int64_t ldc, int columns) {
+  int vectors = columns / kLanes;
+  while (vectors > 0) {
+    // five vectors go as 3 + 2: a tile one vector wide would wait for its loads
+    const int take = vectors >= 2 * kVecs || vectors <= kVecs ? std::min(vectors, kVecs)
+                                                              : (vectors + 1) / 2;
+    if (take == 1) tile<1, W, S>(a, lda, b, ldb, n, c, ldc);
+    if (take == 2) tile<2, W, S>(a, lda, b, ldb, n, c, ldc);
+    if constexpr (kVecs == 4) {
+      if (take == 3) tile<3, W, S>(a, lda, b, ldb, n, c, ldc);
+      if (take == 4) tile<4, W, S>(a, lda, b, ldb, n, c, ldc);
+    }
+    b += take * kLanes;
+    c += take * kLanes;
+    vectors -= take;
+  }
+}
+
+// c[r][j] = <row r of a, column j of b> over d elements, both packed. The sum goes in pieces of kPiece: the error of one
+// long chain would grow with d.
+constexpr int kPiece = 32;
+
+inline void dot_products(const float* a, int64_t lda, const float* b, int64_t ldb, int d, float* c,
+                         int64_t ldc, int columns) {
+  for (int r = 0; r < kRows; ++r) std::fill_n(c + r * ldc, columns, 0.0f);
+  for (int t = 0; t < d; t += kPiece)
+    product<Walk::kAlongRow, Steps::kAll>(a + t, lda, b + t * ldb, ldb, std::min(kPiece, d - t), c,
+                                          ldc, columns);
+}
+
+// c[j] = <column j of a, column j of b>, rounded exactly as dot_products does.
+inline void column_dots(const float* a, const float* b, int64_t ld, int d, float* c, int columns) {
+  for (int j = 0; j < columns; j += kLanes) {
+    VF total{};
+    for (int t = 0; t < d; t += kPiece) {
+      VF sum{};
+      for (int i = t; i < std::min(d, t + kPiece); ++i)
+        sum = fma(load(a + i * ld + j), load(b + i * ld + j), sum);
+      total += sum;
+    }
+    store(c + j, total);
+  }
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------------
+
+// One (batch, head) of a [B, H, T, d] view.
+struct Head {
+  const void* data;
+  DType dtype;
+  int64_t row, col;  // strides in elements
+  int d;
+};
+
+inline Head head_of(const View& x, int64_t b, int64_t h) {
+  const int64_t offset = b * x.stride[0] + h * x.stride[1];
+  const int size = x.dtype == DType::f32 ? 4 : 2;
+  return {x.as<char>() + offset * size, x.dtype, x.stride[2], x.stride[3],
+          static_cast<int>(x.shape[3])};
+}
+
+// Calls f with the head's data as a pointer to its type.
+template <class F>
+VQFAST_INLINE void with_type(const Head& x, F&& f) {
+  if (x.dtype == DType::f32) f(static_cast<const float*>(x.data));
+  if (x.dtype == DType::f16) f(static_cast<const f16*>(x.data));
+  if (x.dtype == DType::bf16) f(static_cast<const bf16*>(x.data));
+}
+
+// Up to kLanes elements of a row from column t on; zeros in the other lanes.
+template <class T>
+VQFAST_INLINE VF load_piece(const T* row, int64_t col, int t, int d) {
+  const int n = d - t < kLanes ? d - t : kLanes;
+  if (col == 1) return load_n(row + t, n);
+  VF v{};
+  for (int i = 0; i < n; ++i) v[i] = to_float(row[(t + i) * col]);
+  return v;
+}
+
+// dst [padded][ld]: rows [begin, begin + n) times `factor`, zeros up to `padded` rows and ld columns.
+inline void pack_rows(const Head& x, int64_t begin, int64_t n, int64_t padded, float factor,
+                      float* dst, int ld) {
+  with_type(x, [&](const auto* data) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int t = 0; t < ld; t += kLanes)
+        store(dst + i * ld + t, load_piece(data + (begin + i) * x.row, x.col, t, x.d) * factor);
+  });
+  std::fill(dst + n * ld, dst + padded * ld, 0.0f);
+}
+
+template <int Swap>
+VQFAST_INLINE void exchange(VF& a, VF& b) {
+  // swaps the lanes of a that have bit Swap with the lanes of b that lack it
+  VI first, second;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    first[i] = i & Swap ? kLanes + i - Swap : i;
+    second[i] = i & Swap ? kLanes + i : i + Swap;
+  }
+#ifdef __clang__
+  VF x, y;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = first[i] < kLanes ? a[first[i]] : b[first[i] - kLanes];
+    y[i] = second[i] < kLanes ? a[second[i]] : b[second[i] - kLanes];
+  }
+#else
+  const VF x = __builtin_shuffle(a, b, first), y = __builtin_shuffle(a, b, second);
+#endif
+  a = x;
+  b = y;
+}
+
+template <int Swap>
+VQFAST_INLINE void transpose_step(VF (&m)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Swap)) exchange<Swap>(m[i], m[i + Swap]);
+}
+
+VQFAST_INLINE void transpose(VF (&m)[kLanes]) {
+  transpose_step<1>(m);
+  transpose_step<2>(m);
+  if constexpr (kLanes >= 8) transpose_step<4>(m);
+  if constexpr (kLanes >= 16) transpose_step<8>(m);
+}
+
+// dst [round_up(d, kLanes)][ld]: column j is row begin + j; zero columns from n up to a whole vector of `padded`.
+inline void pack_transposed(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst,
+                            int64_t ld) {
+  with_type(x, [&](const auto* data) {
+    for (int64_t j = 0; j < padded; j += kLanes)
+      for (int t = 0; t < x.d; t += kLanes) {
+        VF m[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          m[i] = j + i < n ? load_piece(data + (begin + j + i) * x.row, x.col, t, x.d) : VF{};
+        transpose(m);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(dst + (t + i) * ld + j, m[i]);
+      }
+  });
+}
+
+// d elements of src, divided by `divisor` and rounded to the type of the contiguous [B, H, T, d] output, at `row` of it.
+inline void write_row(const View& out, int64_t row, const float* src, float divisor) {
+  const int d = static_cast<int>(out.shape[3]);
+  const auto write = [&](auto* dst) {
+    for (int t = 0; t < d; t += kLanes)
+      store_n(dst + row * d + t, load(src + t) / divisor, std::min(kLanes, d - t));
+  };
+  if (out.dtype == DType::f32) write(out.as<float>());
+  if (out.dtype == DType::f16) write(out.as<f16>());
+  if (out.dtype == DType::bf16) write(out.as<bf16>());
+}
+
+// Heavy and light of n pieces in turn (0, n-1, 1, n-2, ...): a contiguous share of them is a fair one.
+VQFAST_INLINE int64_t fold(int64_t i, int64_t n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
+
+}  // namespace vqfast::VQFAST_ISA::attention

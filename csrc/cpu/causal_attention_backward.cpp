@@ -1,0 +1,247 @@
+// Computes: with p_ij = exp(scale <q_i, k_j> - lse_i) for j <= i, delta_i = <grad_i, out_i> and
+//   s_ij = p_ij (<grad_i, v_j> - delta_i):  dv_j = sum_{i>=j} p_ij grad_i,  dk_j = scale sum_{i>=j} s_ij q_i,
+//   dq_i = scale sum_{j<=i} s_ij k_j, for grad, q, k, v, out [B, H, T, d], d <= 256, lse [B, H, T] float32.
+// Contract: any strides of grad, q, k, v and out, also expanded ones; the gradients are contiguous. A pair (i, j) with
+//   j > i is not used, whatever q_i, k_j and v_j hold.
+// Numerics: float32 throughout, one rounding to the output type. dk and dv add blocks of kRowBlock rows and dq blocks of
+//   kKeyBlock keys, so errors grow with the block and with T / block, not with T.
+// Shape of the code: a unit of work is a (batch, head), or for long sequences a range of its keys. For each block of keys
+//   it packs K in rows, K and V transposed, then walks the rows from the diagonal on: scores and <grad, v> of 6 rows
+//   into strips, p and s in place, then three products of strips with packed rows. dk and dv stay in scratch; dq gathers
+//   in float32 for the unit, and ranges are added in order afterwards. Which unit exists depends on T alone, so the
+//   bits do not depend on the number of threads. Five products of T^2 d / 2 multiply-adds.
+// Ladder: none measured yet.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernel.h"
+#include "parallel.h"
+
+#ifndef VQFAST_ISA
+namespace vqfast {
+namespace {
+const char* why_not(const Args& a) {
+  return a.t[1].shape[3] > 256 ? "head dimension above 256" : nullptr;
+}
+}  // namespace
+REFUSES(causal_attention_backward, why_not)
+}  // namespace vqfast
+#endif
+
+#define VQFAST_THIS_FILE "cpu/causal_attention_backward.cpp"
+#include "foreach_isa.h"
+#include "attention_tiles.h"
+
+namespace vqfast::VQFAST_ISA {
+namespace {
+
+using namespace attention;
+
+constexpr int kKeyBlock = 96;     // both are multiples of kRows; keys also of kLanes
+constexpr int kRowBlock = 48;
+constexpr int64_t kRange = 2016;  // keys of a unit, a multiple of kKeyBlock
+constexpr int64_t kMostRanges = 8;
+
+// One head's inputs.
+struct Problem {
+  Head grad, q, k, v;
+  const float *lse, *delta;  // [T]
+  float scale;
+  int64_t T;
+};
+
+// Memory of one thread.
+struct Scratch {
+  int ld;  // d in whole vectors
+  std::vector<float> k, kt, vt, dk, dv;         // a block of keys
+  std::vector<float> q, grad, p, s, lse, delta;  // a block of rows
+  explicit Scratch(int d)
+      : ld(round_up(d, kLanes)),
+        k(kKeyBlock * ld),
+        kt(ld * kKeyBlock),
+        vt(ld * kKeyBlock),
+        dk(kKeyBlock * ld),
+        dv(kKeyBlock * ld),
+        q(kRowBlock * ld),
+        grad(kRowBlock * ld),
+        p(kRowBlock * kKeyBlock),
+        s(kRowBlock * kKeyBlock),
+        lse(kRowBlock),
+        delta(kRowBlock) {}
+};
+
+void pack_row_block(const Problem& x, int64_t begin, Scratch& s) {
+  const int64_t n = std::min<int64_t>(kRowBlock, x.T - begin);
+  pack_rows(x.q, begin, n, kRowBlock, x.scale, s.q.data(), s.ld);
+  pack_rows(x.grad, begin, n, kRowBlock, 1.0f, s.grad.data(), s.ld);
+  for (int64_t i = 0; i < kRowBlock; ++i) {
+    // exp(score - infinity) = 0 takes rows past the end out of every sum
+    s.lse[i] = i < n ? x.lse[begin + i] : std::numeric_limits<float>::infinity();
+    s.delta[i] = i < n ? x.delta[begin + i] : 0.0f;
+  }
+}
+
+// p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key block.
+void weigh(Scratch& m, int d, int at, int columns) {
+  float *p = m.p.data() + at * kKeyBlock, *s = m.s.data() + at * kKeyBlock;
+  dot_products(m.q.data() + at * m.ld, m.ld, m.kt.data(), kKeyBlock, d, p, kKeyBlock, columns);
+  dot_products(m.grad.data() + at * m.ld, m.ld, m.vt.data(), kKeyBlock, d, s, kKeyBlock, columns);
+  for (int r = 0; r < kRows; ++r) {
+    const float lse = m.lse[at + r], delta = m.delta[at + r];
+    for (int j = 0; j < columns; j += kLanes) {
+      float *pj = p + r * kKeyBlock + j, *sj = s + r * kKeyBlock + j;
+      const VF weight = exp_nonpositive(load(pj) - lse);
+      store(pj, weight);
+      store(sj, weight * (load(sj) - delta));
+    }
+  }
+}
+
+// Block of rows from `row` against the packed block of keys from `key`; `keys` of them exist. dq: the row block's.
+void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m, float* dq) {
+  const int d = x.q.d;
+  // a tile of rows sees whole keys before itself, and its own triangle if that lies in this block
+  for (int at = 0; at < kRowBlock && row + at < x.T; at += kRows) {
+    const int64_t past = row + at - key;
+    if (past < 0) continue;
+    const bool diagonal = past < kKeyBlock;
+    const int seen = diagonal ? static_cast<int>(past) : keys;
+    weigh(m, d, at, round_up(diagonal ? seen + kRows : seen, kLanes));
+    const float* s = m.s.data() + at * kKeyBlock;
+    if (diagonal)
+      product<Walk::kAlongRow, Steps::kFirst>(s, kKeyBlock, m.k.data(), m.ld, seen, dq + at * m.ld,
+                                              m.ld, m.ld);
+    else
+      product<Walk::kAlongRow, Steps::kAll>(s, kKeyBlock, m.k.data(), m.ld, seen, dq + at * m.ld,
+                                            m.ld, m.ld);
+  }
+  const int rows = static_cast<int>(
+      std::min<int64_t>(kRowBlock, round_up<int64_t>(x.T - row, kRows)));
+  for (int j = 0; j < keys; j += kRows) {
+    const int64_t first = key + j - row;  // of the rows that see the tile's first key
+    if (first >= rows) break;
+    const int skip = static_cast<int>(std::max<int64_t>(first, 0));
+    const float *p = m.p.data() + skip * kKeyBlock + j, *s = m.s.data() + skip * kKeyBlock + j;
+    const float *grad = m.grad.data() + skip * m.ld, *q = m.q.data() + skip * m.ld;
+    float *dv = m.dv.data() + j * m.ld, *dk = m.dk.data() + j * m.ld;
+    if (first >= 0) {
+      product<Walk::kDownColumn, Steps::kFrom>(p, kKeyBlock, grad, m.ld, rows - skip, dv, m.ld, m.ld);
+      product<Walk::kDownColumn, Steps::kFrom>(s, kKeyBlock, q, m.ld, rows - skip, dk, m.ld, m.ld);
+    } else {
+      product<Walk::kDownColumn, Steps::kAll>(p, kKeyBlock, grad, m.ld, rows, dv, m.ld, m.ld);
+      product<Walk::kDownColumn, Steps::kAll>(s, kKeyBlock, q, m.ld, rows, dk, m.ld, m.ld);
+    }
+  }
+}
+
+// Keys [begin, end), begin a multiple of kKeyBlock: dk and dv of the head that starts at `out_row`, and this range's part
+// of dq [T rounded up to kRowBlock][ld], which holds zeros.
+void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, const View& dv,
+               int64_t out_row, Scratch& m, float* dq) {
+  for (int64_t key = begin; key < end; key += kKeyBlock) {
+    const int keys = static_cast<int>(std::min<int64_t>(kKeyBlock, end - key));
+    pack_rows(x.k, key, keys, kKeyBlock, 1.0f, m.k.data(), m.ld);
+    pack_transposed(x.k, key, keys, kKeyBlock, m.kt.data(), kKeyBlock);
+    pack_transposed(x.v, key, keys, kKeyBlock, m.vt.data(), kKeyBlock);
+    std::fill(m.dk.begin(), m.dk.end(), 0.0f);
+    std::fill(m.dv.begin(), m.dv.end(), 0.0f);
+    for (int64_t row = key; row < x.T; row += kRowBlock) {
+      pack_row_block(x, row, m);
+      row_block(x, row, key, keys, m, dq + row * m.ld);
+    }
+    for (int j = 0; j < keys; ++j) {
+      write_row(dk, out_row + key + j, m.dk.data() + j * m.ld, 1.0f);
+      write_row(dv, out_row + key + j, m.dv.data() + j * m.ld, 1.0f);
+    }
+  }
+}
+
+// delta [B, H, T]. <grad, out> is rounded as <grad, v> is: a row that sees one key gets exactly zero for s.
+void row_deltas(const Args& a, const View& grad, const View& out, float* delta) {
+  const int64_t H = grad.shape[1], T = grad.shape[2];
+  const int d = static_cast<int>(grad.shape[3]);
+  const int64_t blocks = (T + kRowBlock - 1) / kRowBlock;
+  parallel_for(a.threads, grad.shape[0] * H * blocks, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> g(round_up(d, kLanes) * kRowBlock), o(g.size()), dots(kRowBlock);
+    for (int64_t unit = from; unit < to; ++unit) {
+      const int64_t head = unit / blocks, begin = unit % blocks * kRowBlock;
+      const int64_t n = std::min<int64_t>(kRowBlock, T - begin);
+      pack_transposed(head_of(grad, head / H, head % H), begin, n, kRowBlock, g.data(), kRowBlock);
+      pack_transposed(head_of(out, head / H, head % H), begin, n, kRowBlock, o.data(), kRowBlock);
+      column_dots(g.data(), o.data(), kRowBlock, d, dots.data(), kRowBlock);
+      std::copy_n(dots.data(), n, delta + head * T + begin);
+    }
+  });
+}
+
+// dq rows [begin, end) of the head that starts at `out_row`: the ranges' parts added in order, times scale.
+void write_dq(std::vector<float>& parts, int64_t part_size, int64_t range, int ld, float scale,
+              int64_t begin, int64_t end, const View& dq, int64_t out_row) {
+  for (int64_t i = begin; i < end; ++i) {
+    float* total = parts.data() + i * ld;
+    // ranges after the row have not touched it
+    for (int64_t r = 1; r * range <= i; ++r)
+      for (int t = 0; t < ld; t += kLanes)
+        store(total + t, load(total + t) + load(parts.data() + r * part_size + i * ld + t));
+    for (int t = 0; t < ld; t += kLanes) store(total + t, load(total + t) * scale);
+    write_row(dq, out_row + i, total, 1.0f);
+  }
+}
+
+void run(const Args& a) {
+  const View &grad = a.t[0], &q = a.t[1], &k = a.t[2], &v = a.t[3], &out = a.t[4], &lse = a.t[5];
+  const View &dq = a.t[6], &dk = a.t[7], &dv = a.t[8];
+  const float scale = static_cast<float>(a.s[0].f);
+  const int64_t heads = q.shape[0] * q.shape[1], H = q.shape[1], T = q.shape[2];
+  const int d = static_cast<int>(q.shape[3]), ld = round_up(d, kLanes);
+  if (q.numel() == 0) return;
+  std::vector<float> delta(heads * T);
+  row_deltas(a, grad, out, delta.data());
+  const auto problem = [&](int64_t head) {
+    const int64_t b = head / H, h = head % H;
+    return Problem{head_of(grad, b, h),          head_of(q, b, h),       head_of(k, b, h),
+                   head_of(v, b, h),             lse.as<float>() + head * T, delta.data() + head * T,
+                   scale,                        T};
+  };
+  const int64_t part_size = round_up<int64_t>(T, kRowBlock) * ld;
+  const int64_t ranges = std::min(kMostRanges, (T + kRange - 1) / kRange);
+  if (ranges == 1) {
+    parallel_for(a.threads, heads, 1, [&](int64_t from, int64_t to) {
+      Scratch m(d);
+      std::vector<float> part(part_size);
+      for (int64_t head = from; head < to; ++head) {
+        std::fill(part.begin(), part.end(), 0.0f);
+        run_range(problem(head), 0, T, dk, dv, head * T, m, part.data());
+        write_dq(part, part_size, T, ld, scale, 0, T, dq, head * T);
+      }
+    });
+    return;
+  }
+  // long sequences: one head at a time, its ranges in parallel
+  const int64_t range = round_up<int64_t>((T + ranges - 1) / ranges, kKeyBlock);
+  std::vector<float> parts(ranges * part_size);
+  for (int64_t head = 0; head < heads; ++head) {
+    std::fill(parts.begin(), parts.end(), 0.0f);
+    parallel_for(a.threads, ranges, 1, [&](int64_t from, int64_t to) {
+      Scratch m(d);
+      for (int64_t unit = from; unit < to; ++unit) {
+        const int64_t r = fold(unit, ranges), begin = r * range, end = std::min(T, begin + range);
+        run_range(problem(head), begin, end, dk, dv, head * T, m, parts.data() + r * part_size);
+      }
+    });
+    parallel_for(a.threads, T, 64, [&](int64_t from, int64_t to) {
+      write_dq(parts, part_size, range, ld, scale, from, to, dq, head * T);
+    });
+  }
+}
+
+}  // namespace
+
+KERNEL(causal_attention_backward,
+       "f32|f16|bf16~ f32|f16|bf16~ f32|f16|bf16~ f32|f16|bf16~ f32|f16|bf16~ f32 -> "
+       "f32|f16|bf16 f32|f16|bf16 f32|f16|bf16",
+       run)
+
+}  // namespace vqfast::VQFAST_ISA

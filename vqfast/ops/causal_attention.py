@@ -1,0 +1,184 @@
+"""Causal self-attention.
+
+out_i = Σ_{j≤i} softmax_j(scale · ⟨q_i, k_j⟩) v_j        lse_i = log Σ_{j≤i} exp(scale · ⟨q_i, k_j⟩)
+
+      key j →                  Row i sees keys 0..i. What stands in a slot of the future is never used: it may be NaN or
+    1 . . .                    infinite and the result is equal, bit for bit, to the one with zeros there.
+  i 1 1 . .
+  ↓ 1 1 1 .
+    1 1 1 1
+
+Cost: 2·B·H·T·(T+1)·d flops forward and 2.5 times that backward; reads q, k, v once per block of rows, holds blocks of
+T x T only.
+Source: arXiv:1706.03762 section 3.2.1; the online softmax and its backward as in arXiv:2205.14135 and 2307.08691.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqfast import _check
+from vqfast._dispatch import Op
+
+_CHUNK = 1 << 22  # scores that the reference holds at a time
+
+
+def _validate(q: Any, k: Any, v: Any, scale: Any) -> float:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check.floating(name, x)
+    for name, x in (("k", k), ("v", v)):
+        _check.same_dtype(name, x, "q", q)
+    _check.ndim("q", q, 4)
+    for name, x in (("k", k), ("v", v)):
+        _check.same_device(name, x, "q", q)
+        _check.shape(name, x, q.shape, "like q")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q must be [B, H, T, d] with d >= 1, got {list(q.shape)}")
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else _check.number("scale", scale)
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """float32, or float64 where it came so."""
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _finite(t: Tensor) -> Tensor:
+    """Zeros where t is not finite, so that a weight of zero gives a term of zero."""
+    return torch.where(t.isfinite(), t, 0)
+
+
+def _row_chunks(q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, keys that they see, [rows, keys] True in the future of a row)."""
+    B, H, T, _ = q.shape
+    step = max(1, _CHUNK // max(1, B * H * T))
+    for begin in range(0, T, step):
+        end = min(T, begin + step)
+        at = torch.arange(end, device=q.device)
+        yield slice(begin, end), slice(0, end), at > at[begin:, None]
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, k, v, scale)
+    q, k, v = _wide(q, k, v)  # [B, H, T, d]
+    seen_bad = (~v.isfinite()).cumsum(2) > 0  # [B, H, T, d]: a row that sees a bad value shows it
+    v = _finite(v)
+    for rows, keys, future in _row_chunks(q):
+        scores = (q[:, :, rows] * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, H, rows, keys]
+        scores = scores.masked_fill(future, -math.inf)
+        top = scores.amax(-1, keepdim=True)
+        top = torch.where(top == -math.inf, 0, top)  # nothing to attend to: every weight is zero
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        mean = (weights @ v[:, :, keys]) / torch.where(total == 0, 1, total)  # [B, H, rows, d]
+        out[:, :, rows] = mean.masked_fill(seen_bad[:, :, rows], math.nan).to(out.dtype)
+        # an empty sum counts as +inf, which makes exp(score - lse) zero in the backward pass
+        lse[:, :, rows] = torch.where(total == 0, math.inf, top + total.log())[..., 0]
+    return out, lse
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _reference_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _outputs_backward(grad, q, k, v, out, lse, scale)
+    grad, q, k, v, out = _wide(grad, q, k, v, out)  # [B, H, T, d]
+    delta = (grad * out).sum(-1, keepdim=True)  # [B, H, T, 1]
+    q_clean, k_clean = _finite(q), _finite(k)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys, future in _row_chunks(q):
+        q_rows, up = q[:, :, rows], grad[:, :, rows]  # [B, H, rows, d]
+        scores = (q_rows * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, H, rows, keys]
+        weights = (scores - lse[:, :, rows, None]).exp().masked_fill(future, 0)
+        d_weights = up @ v[:, :, keys].transpose(-1, -2)
+        d_scores = (weights * (d_weights - delta[:, :, rows])).masked_fill(future, 0) * scale
+        dv[:, :, keys] += weights.transpose(-1, -2) @ up
+        dk[:, :, keys] += d_scores.transpose(-1, -2) @ q_clean[:, :, rows]
+        dq[:, :, rows] = d_scores @ k_clean[:, :, keys]
+    for into, value in zip(grads, (dq, dk, dv), strict=True):
+        into.copy_(value)
+    return grads
+
+
+def _outputs_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_OP = Op(
+    "causal_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    reference=_reference,
+    outputs=_outputs,
+)
+_BACKWARD = Op(
+    "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    outputs=_outputs_backward,
+)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out, lse = _OP(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = _BACKWARD(grad, q, k, v, out, lse, ctx.scale)
+        wanted = ctx.needs_input_grad
+        return *(g if w else None for g, w in zip(grads, wanted[:3], strict=True)), None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of each position to itself and the ones before it.
+
+    out_i = Σ_{j≤i} softmax_j(scale · ⟨q_i, k_j⟩) v_j
+
+    Args:
+        q: [B, H, T, d] float32, float16 or bfloat16 (float64 on the reference). Any strides: views of a packed QKV
+            tensor and expanded heads are read in place; a contiguous last dim is fastest.
+        k: like q.
+        v: like q.
+        scale: factor of the scores, finite; None means 1/√d.
+
+    Returns:
+        [B, H, T, d], contiguous, dtype of q. Differentiable once in q, k and v.
+
+    Raises:
+        TypeError: q, k or v is not a floating-point tensor, or their dtypes differ; scale is not a number.
+        ValueError: q is not 4-D, shapes or devices differ, d = 0, or scale is not finite.
+
+    Numerics: float32 sums, and no rounding of the weights, for every input dtype; the error against float64 is at most twice
+        (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the future may hold NaN. Equal
+        results from run to run and for any number of threads. A row whose scores are all -inf gives zeros.
+    Cost: 2·B·H·T·(T+1)·d flops, 2.5 times that backward; extra memory grows with T, never with T².
+    Source: arXiv:1706.03762 section 3.2.1.
+    """
+    return _CausalAttention.apply(q, k, v, _validate(q, k, v, scale))
+
+
+def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Inputs of the raw op for a case with shape B, H, T, d."""
+    g = torch.Generator().manual_seed(0)
+    size = [case.shape[n] for n in "BHTd"]
+    q, k, v = (torch.randn(size, generator=g).to(device, dtype) for _ in range(3))
+    return q, k, v, 1 / math.sqrt(size[-1])
+
+
+def COST(case: Any) -> tuple[int, int]:
+    """Bytes (float32, each tensor once) and flops of the forward pass."""
+    B, H, T, d = (case.shape[n] for n in "BHTd")
+    return 4 * (4 * B * H * T * d + B * H * T), 2 * B * H * T * (T + 1) * d
