@@ -1,0 +1,491 @@
+"""Sources, sample order, bad files and exact resume of the data stream."""
+
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from vqfast.data import Batches, ImageDataset, open_source, order, split
+from vqfast.data.codes import CodeBatches, CodesDataset, save_codes
+from vqfast.errors import DataError
+
+
+def _plain(index, side=12):
+    """A picture of one colour that tells its number."""
+    return Image.new("RGB", (side, side), (index, 255 - index, 7 * index % 256))
+
+
+def _folder(path, n=12, bad=()):
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        if i in bad:
+            (path / f"{i:03d}.png").write_bytes(b"no picture")
+        else:
+            _plain(i).save(path / f"{i:03d}.png")
+    return path
+
+
+def _batches(path, size=8, batch_size=4, seed=3, **more):
+    lines = []
+    options = {"max_bad_fraction": 0.9, "warn": lines.append, **more}
+    cache = options.pop("cache", False)
+    dataset = ImageDataset(open_source(path), size, crop="random", flip=True, cache=cache)
+    batches = Batches(dataset, batch_size, seed=seed, **options)
+    return batches, lines
+
+
+def _take(batches, n):
+    out = [next(batches) for _ in range(n)]
+    batches.close()
+    return out
+
+
+def _equal(a, b):
+    return all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+# ---- sources
+
+
+def test_folder_is_sorted_recursive_and_labelled_by_first_subfolder(tmp_path):
+    for name in ("b/2.png", "a/x/1.jpg", "a/0.PNG", "b/.hidden.png", "b/notes.txt", ".git/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("txt"):
+            (tmp_path / name).write_text("x")
+        else:
+            _plain(5).save(tmp_path / name, format="PNG")
+    source = open_source(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == [b"a/0.PNG", b"a/x/1.jpg", b"b/2.png"]
+    assert [source.label(i) for i in range(3)] == [0, 0, 1]
+    assert source.class_names == ["a", "b"]
+    assert open_source(tmp_path, subset="a/x").class_names is None
+    with pytest.raises(DataError, match="leaves"):
+        open_source(tmp_path, subset="../..")
+
+
+def test_pictures_beside_the_class_folders_have_no_label(tmp_path):
+    _folder(tmp_path, 2)
+    _folder(tmp_path / "cats", 1)
+    source = open_source(tmp_path)
+    assert [source.label(i) for i in range(3)] == [-1, -1, 0]
+
+
+def test_link_loops_end_and_linked_folders_count(tmp_path):
+    _folder(tmp_path / "root" / "a", 2)
+    _folder(tmp_path / "elsewhere", 3)
+    (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
+    assert len(open_source(tmp_path / "root")) == 5
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "no pictures"])
+def test_nothing_to_read_is_a_data_error_with_the_path(tmp_path, kind):
+    path = tmp_path / "set"
+    if kind in ("empty", "no pictures"):
+        path.mkdir()
+    if kind == "file":
+        path.write_bytes(b"x" * 2000)
+    if kind == "no pictures":
+        (path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match="set: "):
+        open_source(path)
+
+
+def test_list_file_gives_its_order_its_labels_and_stays_under_its_folder(tmp_path):
+    folder = _folder(tmp_path / "set", 4)
+    _plain(9).save(folder / "with space.png")
+    absolute = folder / "001.png"
+    lines = f"003.png 7\n\n  000.png\t2\r\nwith space.png\n./{'x/..'}/002.png 1\n{absolute}\n"
+    (folder / "list.txt").write_text(lines)
+    source = open_source(folder / "list.txt")
+    names = [source.name(i) for i in range(len(source))]
+    assert names == [b"003.png", b"000.png", b"with space.png", b"002.png", b"001.png"]
+    assert [source.label(i) for i in range(5)] == [7, 2, -1, 1, -1]
+    assert np.asarray(source.read(2))[0, 0, 0] == 9
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/secret.png"])
+def test_list_line_that_leaves_its_folder_is_refused_with_its_number(tmp_path, name):
+    folder = _folder(tmp_path / "set", 1)
+    _plain(1).save(tmp_path / "secret.png")
+    (folder / "list.txt").write_text(f"000.png\n{name}\n")
+    with pytest.raises(DataError, match="line 2: .*secret.png leaves"):
+        open_source(folder / "list.txt")
+
+
+def _tar(path, members, mode="w", kinds=None):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.type = (kinds or {}).get(name, tarfile.REGTYPE)
+            if info.type == tarfile.SYMTYPE:
+                info.linkname, info.size = "/etc/passwd", 0
+            tar.addfile(info, io.BytesIO(data) if info.size else None)
+    return path
+
+
+def _bytes(index):
+    out = io.BytesIO()
+    _plain(index).save(out, format="PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_tar_reads_in_place_sorted_with_classes(tmp_path, mode):
+    members = {"top/b/1.png": _bytes(1), "top/a/2.png": _bytes(2), "top/SOURCE.txt": b"words"}
+    source = open_source(_tar(tmp_path / "t.tar", members, mode))
+    assert [source.name(i) for i in range(2)] == [b"top/a/2.png", b"top/b/1.png"]
+    assert source.class_names == ["a", "b"] and [source.label(i) for i in range(2)] == [0, 1]
+    assert [np.asarray(source.read(i))[0, 0, 0] for i in range(2)] == [2, 1]
+    assert len(open_source(tmp_path / "t.tar", subset="b")) == 1
+    with pytest.raises(DataError, match="0 pictures"):
+        open_source(tmp_path / "t.tar", subset="c")
+
+
+def test_tar_member_that_leaves_it_is_a_bad_picture_and_links_are_none(tmp_path):
+    members = {"a/0.png": _bytes(0), "../x.png": _bytes(1), "/y.png": _bytes(2), "a/l.png": b""}
+    path = _tar(tmp_path / "t.tar", members, kinds={"a/l.png": tarfile.SYMTYPE})
+    source = open_source(path)
+    assert len(source) == 3
+    for i in range(3):
+        if source.name(i).startswith(b"a/"):
+            source.read(i)
+        else:
+            with pytest.raises(DataError, match="leaves the archive"):
+                source.read(i)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.tar"]
+
+
+def test_cut_or_damaged_tar_is_a_data_error(tmp_path):
+    members = {f"{i}.png": _bytes(i) for i in range(6)}
+    data = _tar(tmp_path / "t.tar", members).read_bytes()
+    second = 512 + -(-len(members["0.png"]) // 512) * 512
+    for name, bad in {
+        "cut in data": data[: second + 512 + 20],
+        "cut in header": data[: second + 100],
+        "bad checksum": data[: second + 20] + b"\xff" + data[second + 21 :],
+        "empty": b"",
+        "no tar": b"x" * 4000,
+    }.items():
+        (tmp_path / "bad.tar").write_bytes(bad)
+        with pytest.raises(DataError, match=r"bad.tar: "):
+            open_source(tmp_path / "bad.tar", kind="archive")
+            pytest.fail(name)
+
+
+def test_tar_cut_after_indexing_gives_data_errors(tmp_path):
+    path = _tar(tmp_path / "t.tar", {f"{i}.png": _bytes(i) for i in range(6)})
+    source = open_source(path)
+    os.truncate(path, 1000)
+    with pytest.raises(DataError, match="the archive was cut"):
+        source.read(5)
+
+
+def test_manifest_tells_names_and_labels_apart(tmp_path):
+    a, b = _folder(tmp_path / "a", 3), _folder(tmp_path / "b", 3)
+    assert open_source(a).manifest() == open_source(b).manifest()
+    (b / "001.png").rename(b / "001x.png")
+    assert open_source(a).manifest() != open_source(b).manifest()
+    one, other = split(open_source(a), 0.5)
+    assert one.manifest() != other.manifest()
+
+
+def test_split_is_disjoint_complete_and_stable_when_pictures_are_added(tmp_path):
+    path = _folder(tmp_path / "a", 60)
+    train, held = split(open_source(path), 0.25)
+    names = [{s.name(i) for i in range(len(s))} for s in (train, held)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 60
+    assert 5 <= len(held) <= 25
+    _plain(3).save(path / "999.png")
+    _, again = split(open_source(path), 0.25)
+    assert names[1] <= {again.name(i) for i in range(len(again))}
+
+
+@pytest.mark.slow
+def test_two_million_paths_stay_small(tmp_path):
+    """A flat folder cannot be made in a test: the names come from a patched listing."""
+    script = """
+import os, resource
+from vqfast.data import folder
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+os.listdir = lambda p: [b"n%08d/image_%08d.jpeg" % (i // 1000, i) for i in range(2_000_000)]
+source = folder.FolderSource(".")
+assert len(source) == 2_000_000 and len(source.class_names) == 2000
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert int(run.stdout) < 400, run.stderr
+
+
+# ---- order and samples
+
+
+def test_order_is_a_permutation_and_depends_on_seed_and_epoch():
+    seen = {tuple(order(s, e, 50).tolist()) for s in (0, 1, 2**62) for e in (0, 1)}
+    assert len(seen) == 6
+    assert all(sorted(p) == list(range(50)) for p in seen)
+    # recorded 2026-11-23: a resume on another machine must continue the same epoch
+    assert order(7, 0, 10).tolist() == [0, 2, 5, 4, 3, 6, 9, 8, 7, 1]
+
+
+def test_every_epoch_shows_every_picture_once(tmp_path):
+    batches, _ = _batches(_folder(tmp_path / "a", 12))
+    shown = torch.cat([b["index"] for b in _take(batches, 9)]).tolist()
+    for epoch in range(3):
+        assert sorted(shown[epoch * 12 : epoch * 12 + 12]) == list(range(12))
+
+
+def test_item_has_image_label_and_index(tmp_path):
+    _folder(tmp_path / "s" / "a", 2)
+    _folder(tmp_path / "s" / "b", 2)
+    item = ImageDataset(open_source(tmp_path / "s"), (8, 6))[3]
+    assert item["image"].shape == (3, 8, 6) and item["image"].dtype == torch.float32
+    assert item["label"] == 1 and item["index"] == 3
+    want = torch.tensor([1.0, 254, 7]).view(3, 1, 1) / 127.5 - 1
+    assert torch.equal(item["image"], want.expand(3, 8, 6))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resume_gives_the_batches_of_an_uninterrupted_run(tmp_path, cache, workers):
+    path = _folder(tmp_path / "a", 13, bad=(2, 5, 11))
+    whole, lines = _batches(path)
+    want, skipped = [], []
+    for _ in range(10):
+        want.append(next(whole))
+        skipped.append((whole.skipped, whole.bad.tolist()))
+    for stop in (0, 1, 3, 4, 7):  # the epoch ends inside batch 3
+        bad = skipped[stop - 1][1] if stop else []
+        part, _ = _batches(path, start_step=stop, bad=bad, cache=cache, num_workers=workers)
+        for step in range(stop, 10):
+            assert _equal([next(part)], [want[step]]), f"stopped at {stop}, batch {step}"
+            assert (part.skipped, part.bad.tolist()) == skipped[step]
+        part.close()
+
+
+def test_augmentation_differs_between_epochs_and_samples(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (10, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path / "a.png")
+    batches, _ = _batches(path, size=10, batch_size=6)
+    x = torch.cat([b["image"] for b in _take(batches, 2)])
+    assert len({bytes(i.numpy().tobytes()) for i in x}) > 8
+
+
+def test_ranks_share_the_epoch_without_overlap(tmp_path):
+    path = _folder(tmp_path / "a", 16)
+    one = _take(_batches(path, batch_size=8)[0], 4)
+    parts = [_take(_batches(path, batch_size=4, rank=r, world=2)[0], 4) for r in (0, 1)]
+    for step in range(4):
+        both = torch.cat([parts[0][step]["index"], parts[1][step]["index"]])
+        assert torch.equal(both, one[step]["index"])
+
+
+def test_batch_larger_than_the_data_set_runs(tmp_path):
+    batches, _ = _batches(_folder(tmp_path / "a", 3), batch_size=8)
+    (batch,) = _take(batches, 1)
+    assert torch.bincount(batch["index"]).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+def test_the_stream_leaves_the_global_random_state_alone(tmp_path):
+    path = _folder(tmp_path / "a", 6)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for workers in (0, 1):
+        _take(_batches(path, num_workers=workers)[0], 2)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+# ---- bad files
+
+
+def test_good_pictures_keep_their_places_when_others_are_bad(tmp_path):
+    clean, _ = _batches(_folder(tmp_path / "a", 20))
+    spoilt, lines = _batches(_folder(tmp_path / "b", 20, bad=(3, 4, 17)))
+    clean, spoilt_list = _take(clean, 10), _take(spoilt, 10)
+    replaced = 0
+    for x, y in zip(clean, spoilt_list, strict=True):
+        for i in range(4):
+            if x["index"][i] in (3, 4, 17):
+                assert y["index"][i] not in (3, 4, 17)
+                replaced += 1
+            else:
+                assert torch.equal(x["image"][i], y["image"][i])
+    assert replaced == 6 and spoilt.skipped == 3
+    assert sorted(line.split("/")[-1][:7] for line in lines) == ["003.png", "004.png", "017.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_bad_files_than_allowed_is_a_data_error(tmp_path, workers):
+    path = _folder(tmp_path / "a", 20, bad=(3, 4, 17))
+    batches, lines = _batches(path, max_bad_fraction=0.15, num_workers=workers)
+    _take(batches, 10)
+    batches, lines = _batches(path, max_bad_fraction=0.14, num_workers=workers)
+    with pytest.raises(DataError, match="3 of 20 pictures are bad, max_bad_fraction is 0.14"):
+        _take(batches, 10)
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("n", [1, 5])
+def test_only_bad_files_is_a_data_error_not_an_endless_search(tmp_path, n, workers):
+    path = _folder(tmp_path / "a", n, bad=range(n))
+    batches, _ = _batches(path, max_bad_fraction=1.0, num_workers=workers)
+    with pytest.raises(DataError, match=f"{n} of {n} pictures are bad"):
+        next(batches)
+    batches.close()
+
+
+def test_hostile_entries_are_counted_once_each(tmp_path, capfd):
+    path = _folder(tmp_path / "a", 8)
+    os.mkfifo(path / "fifo.png")
+    (path / "device.png").symlink_to("/dev/zero")
+    (path / "gone.png").symlink_to(path / "nothing")
+    (path / "folder.png").mkdir()
+    (path / "empty.png").write_bytes(b"")
+    dataset = ImageDataset(open_source(path), 8)
+    batches = Batches(dataset, 5, seed=0, max_bad_fraction=0.5)
+    _take(batches, 8)
+    assert batches.skipped == 5
+    said = capfd.readouterr().err.splitlines()
+    for name in ("fifo", "device", "gone", "folder", "empty"):
+        assert sum(f"{name}.png: " in line for line in said) == 1
+    assert len(said) == 5
+
+
+def test_file_removed_during_the_epoch_is_skipped(tmp_path):
+    path = _folder(tmp_path / "a", 8)
+    batches, lines = _batches(path)
+    first = next(batches)
+    gone = next(i for i in range(8) if i not in first["index"])
+    (path / f"{gone:03d}.png").unlink()
+    next(batches)
+    assert batches.bad.tolist() == [gone] and "No such file" in lines[0]
+    batches.close()
+
+
+def test_killed_worker_is_an_error_not_a_hang(tmp_path):
+    batches, _ = _batches(_folder(tmp_path / "a", 8), num_workers=1)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    start = time.time()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        for _ in range(20):
+            next(batches)
+    assert time.time() - start < 30
+    batches.close()
+
+
+def test_close_ends_the_workers(tmp_path):
+    before = set(multiprocessing.active_children())
+    batches, _ = _batches(_folder(tmp_path / "a", 8), num_workers=2)
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert set(multiprocessing.active_children()) <= before
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("num_workers", -1), ("start_step", -1), ("rank", 2), ("world", 0)],
+)
+def test_batches_names_the_bad_argument(tmp_path, name, value):
+    dataset = ImageDataset(open_source(_folder(tmp_path / "a", 2)), 8)
+    with pytest.raises(ValueError, match=name):
+        Batches(dataset, **{"batch_size": 1, "seed": 0, name: value})
+
+
+@pytest.mark.parametrize("bad", [{"crop": "left"}, {"min_crop": 0}, {"min_crop": 1.5}])
+def test_dataset_names_the_bad_argument(tmp_path, bad):
+    source = open_source(_folder(tmp_path / "a", 2))
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        ImageDataset(source, 8, **bad)
+
+
+def test_cache_reads_each_file_once_and_changes_nothing(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate([(30, 40), (9, 9), (64, 20), (5, 60)]):
+        Image.fromarray(rng.integers(0, 255, (*shape, 3), dtype=np.uint8)).save(path / f"{i}.png")
+    source = open_source(path)
+    for options in ({}, {"crop": "random", "flip": True}, {"crop": "random", "min_crop": 0.4}):
+        plain, cached = (ImageDataset(source, 16, cache=c, **options) for c in (False, True))
+        runs = [_take(Batches(d, 4, seed=1), 3) for d in (plain, cached)]
+        assert _equal(*runs), options
+    for file in path.iterdir():
+        file.unlink()
+    assert len(_take(Batches(cached, 4, seed=1), 1)[0]["image"]) == 4
+
+
+# ---- codes
+
+
+def test_codes_round_trip_in_a_small_type(tmp_path):
+    codes = torch.randint(0, 1000, (6, 3, 4))
+    save_codes(tmp_path / "c.safetensors", codes, torch.arange(6) % 3, {"tokenizer": "abc"})
+    data = CodesDataset(tmp_path / "c.safetensors")
+    assert data.codes.dtype == torch.int16 and data.grid == (3, 4) and len(data) == 6
+    assert data.n_codes == int(codes.max()) + 1 and data.metadata == {"tokenizer": "abc"}
+    assert data.class_names == ["0", "1", "2"]
+    assert torch.equal(data[4]["codes"], codes[4]) and data[4]["codes"].dtype == torch.int64
+    assert data[4]["label"] == 1
+
+
+def test_code_batches_follow_the_order_of_the_image_batches_and_resume(tmp_path):
+    codes = torch.randint(0, 9, (7, 2, 3, 3))
+    save_codes(tmp_path / "c.safetensors", codes)
+    data = CodesDataset(tmp_path / "c.safetensors")
+    whole = CodeBatches(data, 3, seed=3)
+    want = [next(whole) for _ in range(8)]
+    later = CodeBatches(data, 3, seed=3, start_step=5)
+    assert _equal([next(later) for _ in range(3)], want[5:])
+    for batch in want:
+        for i in range(3):
+            assert any(torch.equal(batch["codes"][i], v) for v in codes[batch["index"][i]])
+    assert len({b["codes"].numpy().tobytes() for b in want}) > 6
+    images, _ = _batches(_folder(tmp_path / "a", 7), batch_size=3)
+    assert _equal(
+        [{"index": b["index"]} for b in _take(images, 8)], [{"index": b["index"]} for b in want]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"x": torch.zeros(2, 2, 2, dtype=torch.int64)}, "no tensor `codes`, only x"),
+        ({"codes": torch.zeros(2, 2, 2)}, "float32"),
+        ({"codes": torch.zeros(2, 2, dtype=torch.int64)}, r"\[2, 2\]"),
+        ({"codes": torch.zeros(0, 2, 2, dtype=torch.int64)}, r"\[0, 2, 2\]"),
+        ({"codes": torch.full((2, 2, 2), -1)}, "-1"),
+        ({"codes": torch.zeros(2, 2, 2).long(), "labels": torch.zeros(3).long()}, r"labels.*\[3\]"),
+    ],
+)
+def test_codes_file_that_does_not_fit_is_a_data_error(tmp_path, tensors, words):
+    save_file(tensors, tmp_path / "c.safetensors")
+    with pytest.raises(DataError, match=words):
+        CodesDataset(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk" * 100])
+def test_codes_file_that_is_none_is_a_data_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "c.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match="c.safetensors"):
+        CodesDataset(tmp_path / "c.safetensors")
