@@ -1,4 +1,5 @@
-"""Builds vqfast._C (and _C_cuda where nvcc is found) with CMake; maps kernels/ to vqfast.kernels. Nothing else."""
+"""Builds vqfast._C (and _C_cuda where nvcc is found) with CMake; maps kernels/ to vqfast.kernels.
+Nothing else."""
 
 import os
 import shutil
@@ -13,14 +14,17 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake and Ninja. Without a C++ compiler the package installs without kernels."""
+    """Configures and builds with CMake and Ninja. Without a C++ compiler the package installs
+    without kernels."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         if not self._has_compiler():
-            print("vqfast: no C++ compiler found; installing without native kernels", file=sys.stderr)
+            print(
+                "vqfast: no C++ compiler found; installing without native kernels", file=sys.stderr
+            )
             return
         import pybind11  # only here: a build requirement, not one of the package
 

@@ -1,19 +1,19 @@
-// Compiles the file that includes this header once per instruction set, each copy in its own namespace.
-//
-//   #include <cmath>                               // 1. system headers and kernel.h, before any target pragma
-//   #include "kernel.h"
+// Compiles the file that includes this header once per instruction set, each copy in its own
+//namespace. 
+//   #include <cmath>                               // 1. system headers and kernel.h, before any
+//   target pragma #include "kernel.h"
 //   #include "parallel.h"
 //   #define VQFAST_THIS_FILE "cpu/my_op.cpp"       // 2. this very file, relative to csrc
-//   #include "foreach_isa.h"                       // 3. re-includes it for avx512_vnni, avx512 and avx2
-//   #include "simd.h"                              // 4. vectors of VQFAST_LANES floats, per instruction set
-//   namespace vqfast::VQFAST_ISA {                 // 5. the code; the last copy is `base`, plain C++ for the target
-//   void run(const Args& a) { ... }
+//   #include "foreach_isa.h"                       // 3. re-includes it for avx512_vnni, avx512 and
+//   avx2 #include "simd.h"                              // 4. vectors of VQFAST_LANES floats, per
+//   instruction set namespace vqfast::VQFAST_ISA {                 // 5. the code; the last copy is
+//   `base`, plain C++ for the target void run(const Args& a) { ... }
 //   KERNEL(my_op, "f32 -> f32", run)
 //   }
 //
-// Put what must exist once (constants, plain structs, REFUSES) between 2 and 3 inside `#ifndef VQFAST_ISA`. Not per-file
-// -m flags: two copies of one inline function would break the one-definition rule. Not target_clones: a clone cannot be
-// forced, so it cannot be tested.
+// Put what must exist once (constants, plain structs, REFUSES) between 2 and 3 inside `#ifndef
+// VQFAST_ISA`. Not per-file -m flags: two copies of one inline function would break the
+// one-definition rule. Not target_clones: a clone cannot be forced, so it cannot be tested.
 #ifndef VQFAST_FOREACH_ISA_ACTIVE
 #define VQFAST_FOREACH_ISA_ACTIVE
 

@@ -1,4 +1,5 @@
-// float16 and bfloat16 as stored in memory, with exact conversion to float and rounding to nearest even back.
+// float16 and bfloat16 as stored in memory, with exact conversion to float and rounding to nearest
+// even back.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,11 @@
 // Self-registration of C++ kernels. A file in csrc/cpu registers itself; nobody edits a list.
 //
-//   KERNEL(nearest, "f32|f16|bf16 f32 -> i64 f32", run)    inside namespace vqfast::VQFAST_ISA, see foreach_isa.h
-//   REFUSES(nearest, why_not)                              optional: a reason (or null) that the signature cannot say
-//
-// Signature: one token per tensor, inputs before "->", outputs after it. dtypes joined by "|"; suffix "?" may be None,
-// suffix "~" any strides; all other tensors are contiguous. vqfast/_native.py checks it before a kernel is called.
+//   KERNEL(nearest, "f32|f16|bf16 f32 -> i64 f32", run)    inside namespace vqfast::VQFAST_ISA, see
+//   foreach_isa.h REFUSES(nearest, why_not)                              optional: a reason (or
+//null) that the signature cannot say 
+// Signature: one token per tensor, inputs before "->", outputs after it. dtypes joined by "|";
+// suffix "?" may be None, suffix "~" any strides; all other tensors are contiguous.
+// vqfast/_native.py checks it before a kernel is called.
 #pragma once
 
 #include "view.h"
@@ -19,13 +20,15 @@ struct Args {
   int threads;  // >= 1
 };
 
-// In the order of preference; `isa_names` in bindings.cpp and ISAS in vqfast/_native.py say the same.
+// In the order of preference; `isa_names` in bindings.cpp and ISAS in vqfast/_native.py say the
+// same.
 enum Isa { kAvx512Vnni, kAvx512, kAvx2, kBase, kIsaCount };
 
 using KernelFn = void (*)(const Args&);
 using RefuseFn = const char* (*)(const Args&);
 
-// Defined in bindings.cpp, which is compiled for the plain target: static initialisers must run on any CPU.
+// Defined in bindings.cpp, which is compiled for the plain target: static initialisers must run on
+// any CPU.
 struct RegisterKernel {
   RegisterKernel(const char* name, const char* signature, Isa isa, KernelFn fn);
 };

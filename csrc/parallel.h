@@ -1,7 +1,8 @@
-// parallel_for over row blocks: a partition that depends on (threads, n, grain) alone, safe after fork.
-//
-// GNU OpenMP does not survive fork, so a forked child (a DataLoader worker) runs serially. Results must not depend on the
-// partition: every kernel writes each output row from one thread, in one order.
+// parallel_for over row blocks: a partition that depends on (threads, n, grain) alone, safe after
+//fork. 
+// GNU OpenMP does not survive fork, so a forked child (a DataLoader worker) runs serially. Results
+// must not depend on the partition: every kernel writes each output row from one thread, in one
+// order.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +17,8 @@ namespace vqfast {
 
 bool in_forked_child();  // bindings.cpp
 
-// Calls f(begin, end) with disjoint ranges that cover [0, n); each range but the last is a multiple of grain.
-// The first exception thrown inside is thrown again here, outside the parallel region.
+// Calls f(begin, end) with disjoint ranges that cover [0, n); each range but the last is a multiple
+// of grain. The first exception thrown inside is thrown again here, outside the parallel region.
 template <class F>
 void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
   if (n <= 0) return;

@@ -1,7 +1,8 @@
-// Vectors of VQFAST_LANES floats (16, 8 or 4) for the instruction set being compiled; see foreach_isa.h.
-//
-// GCC vector types give + - * / and comparisons on every target; what they lack is below. A fused multiply-add is written
-// out as fma(); `base` rounds the product. Nothing here reads or writes past the n elements that it is given.
+// Vectors of VQFAST_LANES floats (16, 8 or 4) for the instruction set being compiled; see
+//foreach_isa.h. 
+// GCC vector types give + - * / and comparisons on every target; what they lack is below. A fused
+// multiply-add is written out as fma(); `base` rounds the product. Nothing here reads or writes
+// past the n elements that it is given.
 #if !defined(VQFAST_SIMD_FOR_VNNI) && defined(VQFAST_VNNI)
 #define VQFAST_SIMD_FOR_VNNI
 #define VQFAST_SIMD_NOW 1
@@ -29,7 +30,8 @@ constexpr int kLanes = VQFAST_LANES;
 typedef float VF __attribute__((vector_size(VQFAST_LANES * 4)));
 typedef int32_t VI __attribute__((vector_size(VQFAST_LANES * 4)));
 
-VQFAST_INLINE VF broadcast(float x) { return VF{} + x; }
+// minus zero is free; plus zero would be an addition, as it changes the sign of -0
+VQFAST_INLINE VF broadcast(float x) { return x - VF{}; }
 VQFAST_INLINE VI broadcast_int(int32_t x) { return VI{} + x; }
 
 VQFAST_INLINE VF load(const float* p) {
@@ -140,7 +142,8 @@ VQFAST_INLINE void store_n(T* p, VF v, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
 }
 
-// e^x, relative error < 2e-7 (checked in tests/test_simd.py); 0 below -87.33, infinity above 88.72, NaN stays
+// e^x, relative error < 2e-7 (checked in tests/test_simd.py); 0 below -87.33, infinity above 88.72,
+// NaN stays
 VQFAST_INLINE VF vexp(VF x) {
   const VF low = broadcast(-87.33654f), high = broadcast(88.72283f);
   VF c = select(x < low, low, x);

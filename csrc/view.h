@@ -1,5 +1,6 @@
-// What crosses from Python into a kernel: tensors as pointer, dtype, shape and strides; scalars as integer and double.
-// Plain data, shared by the C++ and the CUDA library; vqfast/_native.py mirrors it.
+// What crosses from Python into a kernel: tensors as pointer, dtype, shape and strides; scalars as
+// integer and double. Plain data, shared by the C++ and the CUDA library; vqfast/_native.py mirrors
+// it.
 #pragma once
 
 #include <cstdint>

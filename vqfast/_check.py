@@ -1,7 +1,7 @@
 """Argument checks: one wording for every TypeError and ValueError.
 
-Kind and dtype raise TypeError; shape, value and device raise ValueError. Each text says the name of the argument, what
-was expected and what came.
+Kind and dtype raise TypeError; shape, value and device raise ValueError. Each text says the name of
+the argument, what was expected and what came.
 """
 
 import math
@@ -73,7 +73,8 @@ def number(
     high_open: bool = False,
     finite: bool = True,
 ) -> float:
-    """x as a float inside [low, high]; an open end excludes its bound. bool is not a number here."""
+    """x as a float inside [low, high]; an open end excludes its bound. bool is not a number
+    here."""
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     value = float(x)

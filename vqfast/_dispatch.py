@@ -1,8 +1,9 @@
 """One implementation per call: the only file that knows backends exist.
 
-A file name is a registration. Op `nearest` finds its Triton kernel in `vqfast.kernels.nearest`, its C++ kernel in `_C`
-under the name "nearest", its CUDA kernel in `_C_cuda` as symbol `vqfast_nearest`. Backward ops (`X_backward`) live in the
-files of `X`. Each candidate answers with a reason against itself or None; the first without a reason runs.
+A file name is a registration. Op `nearest` finds its Triton kernel in `vqfast.kernels.nearest`, its
+C++ kernel in `_C` under the name "nearest", its CUDA kernel in `_C_cuda` as symbol
+`vqfast_nearest`. Backward ops (`X_backward`) live in the files of `X`. Each candidate answers with
+a reason against itself or None; the first without a reason runs.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ OPS: dict[str, "Op"] = {}
 
 _LIBRARY = torch.library.Library("vqfast", "DEF")
 _log = logging.getLogger("vqfast")
-_forced: list[str] = []  # innermost last; process-wide, as autograd may run backward in another thread
+_forced: list[
+    str
+] = []  # innermost last; process-wide, as autograd may run backward in another thread
 _logged: set[tuple[str, str, str | None]] = set()
 _warned: set[str] = set()
 
@@ -42,8 +45,8 @@ def _known(name: str, origin: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Force one backend inside the block: "cuda", "triton", "cpu" or "reference".
 
-    A forced backend never falls back: an op that it cannot run raises BackendError with every reason. The choice is
-    process-wide. `VQFAST_BACKEND` forces one for the whole process.
+    A forced backend never falls back: an op that it cannot run raises BackendError with every
+    reason. The choice is process-wide. `VQFAST_BACKEND` forces one for the whole process.
 
     Raises:
         ValueError: unknown name.
@@ -56,7 +59,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `backend()` or else by VQFAST_BACKEND; None when the choice is automatic."""
+    """The backend forced by `backend()` or else by VQFAST_BACKEND; None when the choice is
+    automatic."""
     if _forced:
         return _forced[-1]
     name = os.environ.get("VQFAST_BACKEND")
@@ -64,7 +68,8 @@ def forced_backend() -> str | None:
 
 
 def poisoned() -> bool:
-    """VQFAST_POISON=1: buffers that a kernel has still to write are filled with NaN, or with the least integer."""
+    """VQFAST_POISON=1: buffers that a kernel has still to write are filled with NaN, or with the
+    least integer."""
     return os.environ.get("VQFAST_POISON", "") not in ("", "0")
 
 
@@ -92,11 +97,13 @@ class Op:
     """One schema, one reference, any number of kernels found by file name.
 
     Args:
-        schema: as torch.library takes it, "name(Tensor x, int n) -> (Tensor, Tensor)"; mutation as `Tensor(a!)`.
+        schema: as torch.library takes it, "name(Tensor x, int n) -> (Tensor, Tensor)"; mutation as
+            `Tensor(a!)`.
         reference: same arguments; returns what the schema says; runs anywhere, also in float64.
-        outputs: same arguments; returns the empty results. It is the fake-tensor rule, the allocator and the place
-            where tests poison memory.
-        cuda_record: ledger line in bench/results that lets the CUDA kernel into the automatic choice.
+        outputs: same arguments; returns the empty results. It is the fake-tensor rule, the
+            allocator and the place where tests poison memory.
+        cuda_record: ledger line in bench/results that lets the CUDA kernel into the automatic
+            choice.
     """
 
     def __init__(
@@ -139,8 +146,12 @@ class Op:
         forced = forced_backend()
         if forced is not None:
             if self.reason(forced, inputs) is not None:
-                reasons = "; ".join(f"{k}: {v or 'can run'}" for k, v in self.explain(*inputs).items())
-                raise BackendError(f"{self.name}({_describe(inputs)}) cannot run on {forced}: {reasons}")
+                reasons = "; ".join(
+                    f"{k}: {v or 'can run'}" for k, v in self.explain(*inputs).items()
+                )
+                raise BackendError(
+                    f"{self.name}({_describe(inputs)}) cannot run on {forced}: {reasons}"
+                )
             return forced
         for name in self.candidates(inputs):
             if name == "cuda" and self.cuda_record is None:
@@ -155,8 +166,15 @@ class Op:
         key = (self.name, name, reason)
         if key not in _logged:
             _logged.add(key)
-            _log.info("%s: %s %s", self.name, name, "taken" if reason is None else f"not taken: {reason}")
-            if name == "cpu" and reason is not None and _native.missing() and "native" not in _warned:
+            _log.info(
+                "%s: %s %s", self.name, name, "taken" if reason is None else f"not taken: {reason}"
+            )
+            if (
+                name == "cpu"
+                and reason is not None
+                and _native.missing()
+                and "native" not in _warned
+            ):
                 _warned.add("native")
                 warnings.warn(
                     f"vqfast runs on the pure torch reference, which is slow: {_native.missing()}",

@@ -1,7 +1,9 @@
-"""Files that are always whole: atomic writes, removal of what a killed process left, one owner per run folder.
+"""Files that are always whole: atomic writes, removal of what a killed process left, one owner per
+run folder.
 
-A write goes to a temporary name beside its target (`.tmp-PID-RANDOM-NAME`), is fsynced and renamed over it, and then the
-folder is fsynced. A reader sees the old content or the new, never a mix, also across a kill -9 or a power loss.
+A write goes to a temporary name beside its target (`.tmp-PID-RANDOM-NAME`), is fsynced and renamed
+over it, and then the folder is fsynced. A reader sees the old content or the new, never a mix, also
+across a kill -9 or a power loss.
 """
 
 import contextlib
@@ -37,7 +39,8 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path to write; on success it becomes `path`, on an exception it is removed."""
+    """Yields a temporary path to write; on success it becomes `path`, on an exception it is
+    removed."""
     path = Path(path)
     temporary = _temporary(path)
     try:
@@ -52,9 +55,11 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder to fill; on success it becomes `path`, on an exception it is removed.
+    """Yields a temporary folder to fill; on success it becomes `path`, on an exception it is
+    removed.
 
-    An existing non-empty `path` raises FileExistsError unless `overwrite`; then it is moved aside, replaced, removed.
+    An existing non-empty `path` raises FileExistsError unless `overwrite`; then it is moved aside,
+    replaced, removed.
     """
     path = Path(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
@@ -92,7 +97,8 @@ def _alive(pid: int) -> bool:
 
 
 def remove_stale(folder: str | os.PathLike) -> list[Path]:
-    """Removes temporary files and folders under `folder` whose process is gone; returns what it removed."""
+    """Removes temporary files and folders under `folder` whose process is gone; returns what it
+    removed."""
     removed = []
     for path in sorted(Path(folder).rglob(_PREFIX + "*")):
         pid = path.name[len(_PREFIX) :].split("-", 1)[0]
@@ -103,7 +109,8 @@ def remove_stale(folder: str | os.PathLike) -> list[Path]:
 
 
 class FolderLock:
-    """Context manager: this process alone writes into `folder`. RuntimeError names the pid of a living owner.
+    """Context manager: this process alone writes into `folder`. RuntimeError names the pid of a
+    living owner.
 
     The lock is flock on `folder/.lock`, so that it ends with its process, also by kill -9.
     """
