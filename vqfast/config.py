@@ -1,13 +1,16 @@
-"""Run configurations: YAML plus `key=value` overrides, merged by OmegaConf and checked against dataclasses.
+"""Run configurations: YAML plus `key=value` overrides, merged by OmegaConf and checked against
+dataclasses.
 
-A file is data and nothing else. It is read by a safe YAML loader (a Python tag is refused), its aliases may not expand
-beyond `_MAX_NODES` nodes, `${...}` is refused, and a `target:` is a name that is looked up in `TARGETS`: a string that
-stands for a kind of thing. Nothing is imported or run because a file says so.
+A file is data and nothing else. It is read by a safe YAML loader (a Python tag is refused), its
+aliases may not expand beyond `_MAX_NODES` nodes, `${...}` is refused, and a `target:` is a name
+that is looked up in `TARGETS`: a string that stands for a kind of thing. Nothing is imported or run
+because a file says so.
 
     settings = load("run.yaml", ["model.n_embed=48", "train.max_steps=100"], Schema)
 
-`Schema` is a dataclass of dataclasses. Its field types and the metadata that `key()` puts on them are the rules; what
-breaks one raises `ConfigError`, which names the full path of the key, such as `model.n_embedd`.
+`Schema` is a dataclass of dataclasses. Its field types and the metadata that `key()` puts on them
+are the rules; what breaks one raises `ConfigError`, which names the full path of the key, such as
+`model.n_embedd`.
 """
 
 import dataclasses
@@ -72,7 +75,9 @@ class ConfigError(ValueError):
 
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
-    """A dataclass field with its explanation and its rules: `low`, `high`, `low_open`, `choices`."""
+    """A dataclass field with its explanation and its rules: `low`, `high`, `low_open`,
+    `choices`.
+    """
     metadata = {"doc": doc, **rules}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -159,7 +164,9 @@ def _refuse_interpolation(tree: Any, where: str) -> None:
 
 
 def read(path: str | Path) -> dict:
-    """The plain tree of a YAML file. ConfigError names the file when it is absent, too big, unsafe or malformed."""
+    """The plain tree of a YAML file. ConfigError names the file when it is absent, too big, unsafe
+    or malformed.
+    """
     path = Path(path)
     try:
         if not path.is_file():
@@ -271,7 +278,9 @@ def _convert(kind: Any, value: Any, where: str, rules: Mapping[str, Any]) -> Any
 
 
 def build(schema: type[T], tree: Any, where: str = "") -> T:
-    """An instance of the dataclass `schema` from a plain tree; ConfigError names the path of what does not fit."""
+    """An instance of the dataclass `schema` from a plain tree; ConfigError names the path of what
+    does not fit.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'configuration'} must be a mapping, got {_type_name(tree)}")
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}  # type: ignore[arg-type]
@@ -299,13 +308,17 @@ def load(path: str | Path, overrides: Iterable[str], schema: type[T]) -> T:
     """A file and overrides as an instance of `schema`.
 
     Args:
-        path: YAML in this project's layout (sections `model`, `loss`, `data`, `train`) or in taming's (`target`, `params`).
-        overrides: `section.key=value`, the value in YAML; `model.params.…` reaches into a file in taming's layout.
-        schema: dataclass of dataclasses. It may have two static methods from tree to tree: `translate`, which turns a
-            foreign layout into its own, and `complete`, which fills in keys that follow from others.
+        path: YAML in this project's layout (sections `model`, `loss`, `data`, `train`) or in
+            taming's (`target`, `params`).
+        overrides: `section.key=value`, the value in YAML; `model.params.…` reaches into a file in
+            taming's layout.
+        schema: dataclass of dataclasses. It may have two static methods from tree to tree:
+            `translate`, which turns a foreign layout into its own, and `complete`, which fills in
+            keys that follow from others.
 
     Raises:
-        ConfigError: names the file, or the full path of the key that is unknown, of the wrong type or out of range.
+        ConfigError: names the file, or the full path of the key that is unknown, of the wrong type
+            or out of range.
     """
     tree, pairs = read(path), _read_overrides(overrides)
     foreign = [pair for pair in pairs if ".params." in pair[0]]

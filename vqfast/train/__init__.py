@@ -1,1 +1,3 @@
-"""Training: `tokenizer.run` for stage 1, `transformer.run` for stage 2; both are what `vqfast train` calls."""
+"""Training: `tokenizer.run` for stage 1, `transformer.run` for stage 2; both are what `vqfast
+train` calls.
+"""

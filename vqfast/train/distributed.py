@@ -1,7 +1,8 @@
 """One process or several under torchrun: the few collective operations that training needs.
 
-torchrun starts one process per device; gloo serves the CPU, nccl CUDA. Gradients go through torch's own
-DistributedDataParallel. What is here are the small agreements between the ranks: is this step finite, shall we stop.
+torchrun starts one process per device; gloo serves the CPU, nccl CUDA. Gradients go through torch's
+own DistributedDataParallel. What is here are the small agreements between the ranks: is this step
+finite, shall we stop.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` with averaged gradients. Buffers stay each rank's own: none of them feeds a gradient."""
+        """`module` with averaged gradients. Buffers stay each rank's own: none of them feeds a
+        gradient.
+        """
         if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None

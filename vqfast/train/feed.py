@@ -18,7 +18,9 @@ __all__ = ["ImageFeed", "held_out_images", "open_sources"]
 
 
 def open_sources(data: DataSection) -> tuple[Source, Source | None]:
-    """Training and validation pictures. ConfigError without a path; DataError for what cannot be used."""
+    """Training and validation pictures. ConfigError without a path; DataError for what cannot be
+    used.
+    """
     if not data.path:
         raise ConfigError("data.path: not given; name a folder, a list file or a tar (or --data)")
     source = open_source(os.path.expanduser(data.path), kind=data.kind, subset=data.subset)
@@ -37,7 +39,8 @@ def open_sources(data: DataSection) -> tuple[Source, Source | None]:
 
 
 class ImageFeed:
-    """The batches of a run: `accumulate` of them per step, a function of (seed, step, rank) and the files.
+    """The batches of a run: `accumulate` of them per step, a function of (seed, step, rank) and the
+    files.
 
     Its state is the set of bad files met so far; the position is the step.
     """
@@ -54,7 +57,9 @@ class ImageFeed:
         self._batches: Batches | None = None
 
     def take(self, step: int) -> list[dict[str, Tensor]]:
-        """The batches of `step`. DataError when too many files are bad, or a loader process died."""
+        """The batches of `step`. DataError when too many files are bad, or a loader process
+        died.
+        """
         first = step * self._accumulate
         if self._batches is None or self._batches.step != first:
             self.close()
@@ -98,7 +103,9 @@ class ImageFeed:
 
 
 def held_out_images(source: Source | None, size: int, count: int) -> tuple[Tensor, Tensor] | None:
-    """The first `count` readable pictures, [n, 3, size, size], and their labels [n]; None if there are none."""
+    """The first `count` readable pictures, [n, 3, size, size], and their labels [n]; None if there
+    are none.
+    """
     if source is None:
         return None
     dataset, found, labels = ImageDataset(source, size), [], []

@@ -1,4 +1,6 @@
-"""What a run says: metrics.jsonl always, TensorBoard when installed, a progress bar on a terminal, lines on stderr."""
+"""What a run says: metrics.jsonl always, TensorBoard when installed, a progress bar on a terminal,
+lines on stderr.
+"""
 
 import json
 import sys
@@ -19,8 +21,9 @@ __all__ = ["Log"]
 class Log:
     """The writer of one run folder; with `out` None (other ranks, dry runs) it writes nothing.
 
-    metrics.jsonl holds one object per logged step and is flushed each time. On a resume the lines after the resumed
-    step are dropped, so no step stands twice. A full disk stops the log, never the training.
+    metrics.jsonl holds one object per logged step and is flushed each time. On a resume the lines
+    after the resumed step are dropped, so no step stands twice. A full disk stops the log, never
+    the training.
     """
 
     def __init__(

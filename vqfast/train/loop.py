@@ -1,8 +1,9 @@
 """The training loop of both stages: signals, resume, refused steps, checkpoints, logs.
 
-A step is numbered from 0 inside and counted from 1 in what is written: `step` N in metrics.jsonl and in a checkpoint's
-name means that N updates are done. All randomness is either part of the checkpoint or a function of (seed, step), so a
-run that was stopped anywhere and resumed ends with the bits of one that never was.
+A step is numbered from 0 inside and counted from 1 in what is written: `step` N in metrics.jsonl
+and in a checkpoint's name means that N updates are done. All randomness is either part of the
+checkpoint or a function of (seed, step), so a run that was stopped anywhere and resumed ends with
+the bits of one that never was.
 """
 
 import contextlib
@@ -30,7 +31,9 @@ __all__ = ["Feed", "Signals", "find_checkpoint", "open_folder", "seed_everything
 
 
 class Feed(Protocol):
-    """The batches of a run. `take(step)` is a function of (seed, step, rank) and of the data alone."""
+    """The batches of a run. `take(step)` is a function of (seed, step, rank) and of the data
+    alone.
+    """
 
     manifest: str
 
@@ -49,8 +52,8 @@ class Feed(Protocol):
 class Signals:
     """SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT leaves at once.
 
-    `code` is 0, 143 or 130. The handlers that were there come back at the end. Python takes signals in its main thread
-    only; in another thread this does nothing.
+    `code` is 0, 143 or 130. The handlers that were there come back at the end. Python takes signals
+    in its main thread only; in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -88,7 +91,9 @@ def seed_everything(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_folder(out: Path | None, world: World) -> Iterator[None]:
-    """`out` made, owned by this run alone and cleared of what a killed run left. ConfigError if it cannot be written."""
+    """`out` made, owned by this run alone and cleared of what a killed run left. ConfigError if it
+    cannot be written.
+    """
     if out is None or not world.main:
         yield
         return
@@ -98,6 +103,8 @@ def open_folder(out: Path | None, world: World) -> Iterator[None]:
         lock.__enter__()
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    except RuntimeError as error:  # another trainer owns it
+        raise ConfigError(f"--out: {error}") from None
     try:
         remove_stale(out)
         yield
@@ -109,8 +116,8 @@ def find_checkpoint(out: Path, resume: str, say: Any) -> tuple[Path, dict, dict]
     """(folder, tensors, values) to go on from, or None for a fresh start.
 
     Args:
-        resume: "auto" takes the newest valid checkpoint under `out`; "none" insists on a fresh start; else the path of
-            a checkpoint, or of a run folder.
+        resume: "auto" takes the newest valid checkpoint under `out`; "none" insists on a fresh
+            start; else the path of a checkpoint, or of a run folder.
 
     Raises:
         ConfigError: `out` holds a run that this one would mix with.
@@ -146,7 +153,9 @@ def find_checkpoint(out: Path, resume: str, say: Any) -> tuple[Path, dict, dict]
 
 
 def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """What a resume may not change is equal in both; ConfigError names the first key that is not."""
+    """What a resume may not change is equal in both; ConfigError names the first key that is
+    not.
+    """
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             raise ConfigError(
@@ -178,7 +187,8 @@ def train(
         0 when done (also when there was nothing to do), 143 or 130 after a signal and a save.
 
     Raises:
-        ConfigError, CheckpointError: the resume is impossible. NonFiniteError: `max_bad_steps` refused in a row.
+        ConfigError, CheckpointError: the resume is impossible. NonFiniteError: `max_bad_steps`
+            refused in a row.
     """
     quiet = not world.main
     start, bad = 0, 0
@@ -236,7 +246,7 @@ class _Loop:
                 self.save(step, bad)
                 return code
             batches = self.feed.take(step)
-            rate.add(sum(len(b["image"]) for b in batches) * self.world.size)
+            rate.add(sum(len(b["label"]) for b in batches) * self.world.size)
             values: dict[str, Tensor | float] = {}
             try:
                 values = self.stage.step(step, batches)
@@ -276,6 +286,8 @@ class _Loop:
     def _log(self, done: int, values: Mapping[str, Tensor | float], rate: Rate) -> None:
         row = self._mean(values)
         row["train/images_per_s"] = rate.read()
+        if self.stage.tokens_per_image:
+            row["train/tokens_per_s"] = row["train/images_per_s"] * self.stage.tokens_per_image
         if self.world.device.type == "cuda":
             row["train/peak_memory"] = float(torch.cuda.max_memory_allocated(self.world.device))
         row["data/skipped"] = self.feed.skipped

@@ -14,16 +14,18 @@ from vqfast.config import ConfigError
 from vqfast.train import distributed, loop
 from vqfast.train.stage import Stage
 
-__all__ = ["Kind", "Options", "run"]
+__all__ = ["Kind", "Options", "quoted", "run"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A stage: its schema, how to build it from (config, world), and what a resume may not change."""
+    """A stage: its schema, how to build it from (config, world, run folder), what a resume may not
+    change.
+    """
 
     schema: type
-    build: Callable[[Any, distributed.World], tuple[Stage, loop.Feed]]
-    identity: Callable[[Any, distributed.World], Mapping[str, Any]]
+    build: Callable[[Any, distributed.World, Path | None], tuple[Stage, loop.Feed]]
+    identity: Callable[[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class Options:
 def _overrides(options: Options) -> list[str]:
     made = list(options.extra)
     if options.data is not None:
-        made.append(f"data.path={_quoted(os.fspath(options.data))}")
+        made.append(f"data.path={quoted(os.fspath(options.data))}")
     if options.precision not in (None, "auto"):
-        made.append(f"train.precision={_quoted(str(options.precision))}")
+        made.append(f"train.precision={quoted(str(options.precision))}")
     return made
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -71,7 +73,7 @@ def run(kind: Kind, config_path: str | Path, overrides: Sequence[str], options: 
         with loop.Signals() as signals, loop.seed_everything(config.train.seed + world.rank):
             out = None if options.dry_run else Path(options.out or "")
             with loop.open_folder(out, world):
-                stage, feed = kind.build(config, world)
+                stage, feed = kind.build(config, world, out)
                 with contextlib.closing(feed):
                     if out is None:
                         return _dry_run(stage, feed, world, stop)
@@ -83,7 +85,7 @@ def run(kind: Kind, config_path: str | Path, overrides: Sequence[str], options: 
                         out=out,
                         resume=str(options.resume),
                         stop=stop,
-                        identity=kind.identity(config, world),
+                        identity=kind.identity(stage),
                         config_text=configuration.dump(config),
                         signals=signals,
                     )

@@ -17,7 +17,9 @@ def base_rate(train: TrainSection, batch: int, world: int, default: float) -> fl
 
 
 def rate(step: int, base: float, train: TrainSection) -> float:
-    """The rate of update `step` (0 is the first): linear warm-up, then constant or cosine to `final_lr` at max_steps."""
+    """The rate of update `step` (0 is the first): linear warm-up, then constant or cosine to
+    `final_lr` at max_steps.
+    """
     if step < train.warmup_steps:
         return base * (step + 1) / train.warmup_steps
     if train.schedule == "constant":

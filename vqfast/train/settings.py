@@ -1,7 +1,8 @@
 """The sections of a training file: every key, its default, its meaning and its limits.
 
-`vqfast train tokenizer CONFIG --print-config` prints them with the values in force. A learning rate is absolute;
-`base_learning_rate` (per image of the global batch, as taming scales it) is for files that were written for taming.
+`vqfast train tokenizer CONFIG --print-config` prints them with the values in force. A learning rate
+is absolute; `base_learning_rate` (per image of the global batch, as taming scales it) is for files
+that were written for taming.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ class DataSection:
     subset: str | None = key(None, "part of the source: a subfolder, or noto_emoji's class names")
     val_path: str | None = key(
         None, "images for validation; none: hold out `val_fraction` of `path`"
+    )
+    condition_path: str | None = key(
+        None, "stage 2, image: the condition's pictures, of equal names"
     )
     val_fraction: float = key(0.0, "part of `path` held out for validation", low=0, high=0.9)
     size: int | None = key(None, "side in pixels that images are resized and cropped to", low=1)
@@ -121,7 +125,8 @@ class TokenizerTrain(TrainSection):
     disc_learning_rate: float | None = key(None, "null: as learning_rate", low=0, low_open=True)
     discriminator_pass: str = key(
         "taming",
-        "taming: it sees reconstructions made after the autoencoder's step; shared: those of the one forward pass",
+        "taming: it sees reconstructions of the updated autoencoder, by a second forward; "
+        "shared: those of the first",
         choices=("taming", "shared"),
     )
     revive_after: int = key(

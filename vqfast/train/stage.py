@@ -1,8 +1,9 @@
-"""What both stages share: the state that is saved, the guard against non-finite steps, gradient clipping.
+"""What both stages share: the state that is saved, the guard against non-finite steps, gradient
+clipping.
 
-A stage trains modules with optimizers. The guard looks at every loss component and at the gradient norm before any
-weight moves. A step that is refused leaves no trace: gradients are dropped, and what a forward pass writes (running
-statistics, codebook averages) is put back.
+A stage trains modules with optimizers. The guard looks at every loss component and at the gradient
+norm before any weight moves. A step that is refused leaves no trace: gradients are dropped, and
+what a forward pass writes (running statistics, codebook averages) is put back.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +29,16 @@ class BadStep(Exception):
 
 
 class Stage:
-    """Base of the two stages. A subclass fills `modules`, `optimizers`, `ema` and `extra`, and defines the rest.
+    """Base of the two stages. A subclass fills `modules`, `optimizers`, `ema` and `extra`, and
+    defines the rest.
 
     modules: name -> module with state; optimizers: name -> (optimizer, the module that it trains).
-    ema: average of modules["model"], or None; extra: tensors of the stage's own that a resume needs.
+    ema: average of modules["model"], or None; extra: tensors of the stage's own that a resume
+        needs.
     """
 
     kind: str  # "tokenizer" | "transformer"
+    tokens_per_image = 0  # for the rate of tokens; 0: not told
 
     def __init__(self, world: World):
         self.world = world
@@ -46,7 +50,9 @@ class Stage:
     # ---- for a subclass
 
     def step(self, step: int, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | float]:
-        """One update from the batches of `accumulate` passes; metrics by name. BadStep if it was refused."""
+        """One update from the batches of `accumulate` passes; metrics by name. BadStep if it was
+        refused.
+        """
         raise NotImplementedError
 
     def write_model(self, folder: Path, step: int) -> None:
@@ -111,7 +117,9 @@ class Stage:
             optimizer.zero_grad(set_to_none=True)
 
     def check(self, parts: Mapping[str, Tensor]) -> None:
-        """BadStep naming the first component that is not finite on any rank. One host synchronisation."""
+        """BadStep naming the first component that is not finite on any rank. One host
+        synchronisation.
+        """
         values = torch.stack([x.detach().float().reshape(()) for x in parts.values()])
         if self.world.size > 1:
             bad = self.world.max((~values.isfinite()).float())

@@ -1,12 +1,15 @@
 """Checkpoints of a run: everything that a resume needs, always whole on disk.
 
-    OUT/checkpoints/step_00001000/   config.json, model.safetensors   the model for use (averaged weights when EMA is on)
-                                     train_state.safetensors          the rest: raw weights, optimizers, RNG, counters
+    OUT/checkpoints/step_00001000/   config.json, model.safetensors   the model for use (averaged
+    weights when EMA is on)
+                                     train_state.safetensors          the rest: raw weights,
+                                     optimizers, RNG, counters
     OUT/last -> checkpoints/step_00001000
 
-A checkpoint folder is filled under a temporary name, fsynced and renamed; then the link is replaced by a rename. So a
-kill at any moment leaves the newest complete checkpoint. `train_state.safetensors` holds tensors only (Python values
-as JSON in a uint8 tensor), depends on nothing but the state, and carries a sha256 over names and bytes.
+A checkpoint folder is filled under a temporary name, fsynced and renamed; then the link is replaced
+by a rename. So a kill at any moment leaves the newest complete checkpoint.
+`train_state.safetensors` holds tensors only (Python values as JSON in a uint8 tensor), depends on
+nothing but the state, and carries a sha256 over names and bytes.
 """
 
 import hashlib
@@ -69,7 +72,9 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write `train_state.safetensors` into an open temporary folder. NonFiniteError instead of a spoilt checkpoint."""
+    """Write `train_state.safetensors` into an open temporary folder. NonFiniteError instead of a
+    spoilt checkpoint.
+    """
     plain = {n: x.detach().cpu().contiguous().clone() for n, x in tensors.items()}
     _refuse_non_finite(plain)
     text = json.dumps(meta, sort_keys=True).encode()
@@ -80,14 +85,17 @@ def write(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) 
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and Python values of a checkpoint. CheckpointError names the file and what is wrong with it."""
+    """Tensors and Python values of a checkpoint. CheckpointError names the file and what is wrong
+    with it.
+    """
     path = folder / STATE_FILE
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("vqfast_train_state", "{}"))
             if header.get("format") != _FORMAT:
                 raise CheckpointError(
-                    f"{path}: training state of format {header.get('format')}, this version reads {_FORMAT}"
+                    f"{path}: training state of format {header.get('format')}, "
+                    f"this version reads {_FORMAT}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -103,7 +111,9 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def candidates(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints under `out`, newest first. A `last` that is a plain folder is one too."""
+    """(step, folder) of the checkpoints under `out`, newest first. A `last` that is a plain folder
+    is one too.
+    """
     found = []
     for path in (out / "checkpoints").glob("step_*"):
         if (match := re.fullmatch(r"step_(\d+)", path.name)) and path.is_dir():
@@ -131,7 +141,9 @@ def publish(out: Path, step: int, fill: Callable[[Path], None]) -> Path:
 
 
 def prune(out: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; never the one that `last` names. A failure is harmless."""
+    """Remove all but the newest `keep` checkpoints; never the one that `last` names. A failure is
+    harmless.
+    """
     current = (out / "last").resolve()
     for _, path in [c for c in candidates(out) if c[0] >= 0][keep:]:
         if path.resolve() == current:
@@ -162,7 +174,9 @@ def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor], w
 def load_tensors(
     prefix: str, into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str
 ) -> None:
-    """Copy the tensors `prefix.*` into those of `into`, in place. CheckpointError lists what does not fit."""
+    """Copy the tensors `prefix.*` into those of `into`, in place. CheckpointError lists what does
+    not fit.
+    """
     start = prefix + "."
     given = {n[len(start) :]: x for n, x in tensors.items() if n.startswith(start)}
     wrong = [f"missing {start}{n}" for n in into if n not in given]
@@ -187,7 +201,9 @@ def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[nn.Param
 def optimizer_tensors(
     prefix: str, optimizer: torch.optim.Optimizer, module: nn.Module
 ) -> dict[str, Tensor]:
-    """Moments and step counts under the names of the parameters. Rates are functions of the step, not state."""
+    """Moments and step counts under the names of the parameters. Rates are functions of the step,
+    not state.
+    """
     out = {}
     for p, name in _names(optimizer, module).items():
         for slot, value in optimizer.state.get(p, {}).items():
@@ -203,7 +219,9 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     what: str,
 ) -> None:
-    """Inverse of `optimizer_tensors`. Moments are allocated like their parameters, so that arithmetic stays bitwise."""
+    """Inverse of `optimizer_tensors`. Moments are allocated like their parameters, so that
+    arithmetic stays bitwise.
+    """
     start = prefix + "."
     given = {n[len(start) :]: x for n, x in tensors.items() if n.startswith(start)}
     for p, name in _names(optimizer, module).items():

@@ -1,8 +1,8 @@
 """Training files written for taming-transformers and latent-diffusion, as this project's sections.
 
-Their layout is `model: {base_learning_rate, target, params: {...}}` and `data: {target, params}`. Targets are looked
-up in `config.TARGETS`; no key is dropped in silence: what has a meaning here is carried over, what has none is on a
-list below, and anything else is an error that names it.
+Their layout is `model: {base_learning_rate, target, params: {...}}` and `data: {target, params}`.
+Targets are looked up in `config.TARGETS`; no key is dropped in silence: what has a meaning here is
+carried over, what has none is on a list below, and anything else is an error that names it.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,41 @@ from vqfast.config import ConfigError, kind_of
 
 __all__ = ["translate_tokenizer", "translate_transformer"]
 
-# paths of the author's disk, bookkeeping of Lightning, and keys that say how the batch dict is spelled
+# paths of the author's disk, bookkeeping of Lightning, and keys that say how the batch dict is
+# spelled
 _MEANINGLESS = frozenset(
-    "ckpt_path ignore_keys image_key monitor scheduler_config colorize_nlabels lr_g_factor "
-    "batch_resize_range use_ema sane_index_shape first_stage_key cond_stage_key downsample_cond_size "
-    "temperature_scheduler_config permuter_config".split()
+    [
+        "ckpt_path",
+        "ignore_keys",
+        "image_key",
+        "monitor",
+        "scheduler_config",
+        "colorize_nlabels",
+        "lr_g_factor",
+        "batch_resize_range",
+        "use_ema",
+        "sane_index_shape",
+        "first_stage_key",
+        "cond_stage_key",
+        "downsample_cond_size",
+        "temperature_scheduler_config",
+        "permuter_config",
+    ]
 )
 _DDCONFIG = frozenset(
-    "ch out_ch in_channels ch_mult num_res_blocks attn_resolutions resolution z_channels double_z "
-    "dropout attn_type".split()
+    [
+        "ch",
+        "out_ch",
+        "in_channels",
+        "ch_mult",
+        "num_res_blocks",
+        "attn_resolutions",
+        "resolution",
+        "z_channels",
+        "double_z",
+        "dropout",
+        "attn_type",
+    ]
 )
 _LOSS = {
     "disc_start": "disc_start",
@@ -33,7 +59,17 @@ _LOSS = {
     "disc_loss": "disc_loss",
 }
 _GPT = frozenset(
-    "vocab_size block_size n_layer n_head n_embd embd_pdrop resid_pdrop attn_pdrop n_unmasked".split()
+    [
+        "vocab_size",
+        "block_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "n_unmasked",
+    ]
 )
 
 
@@ -102,7 +138,9 @@ def _loss(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def translate_transformer(tree: dict) -> dict:
-    """The sections of a stage-2 file; the first stage is given with --tokenizer, not by the path in the file."""
+    """The sections of a stage-2 file; the first stage is given with --tokenizer, not by the path
+    in the file.
+    """
     if not _is_foreign(tree):
         return tree
     model = _mapping(tree["model"], "model")
@@ -141,7 +179,9 @@ def _condition(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_rest(tree: Mapping[str, Any], model: Mapping[str, Any], made: dict[str, Any]) -> dict:
-    """`made` with the learning rate and the data; sections of our own layout may stand beside and win."""
+    """`made` with the learning rate and the data; sections of our own layout may stand beside and
+    win.
+    """
     train = dict(made.pop("train", {}))
     if "base_learning_rate" in model:
         train["base_learning_rate"] = model["base_learning_rate"]

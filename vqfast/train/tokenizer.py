@@ -1,18 +1,19 @@
 """Stage 1: train a VQGAN on images; the objective is `vqfast.losses.Stage1Loss`.
 
-The autoencoder runs once per pass, and perceptual net and discriminator are differentiated once, down to x̂: the same
-mathematics as taming's extra backward passes for its adaptive weight. What differs is a choice, `discriminator_pass`:
-taming lets the discriminator see reconstructions made after the autoencoder's step (a second forward), "shared" shows
-it those of the one forward. Before `disc_start` the discriminator is not run at all and its loss is 0.
+The autoencoder runs once per pass, and perceptual net and discriminator are differentiated once,
+down to x̂: the same mathematics as taming's extra backward passes for its adaptive weight. What
+differs is a choice, `discriminator_pass`: taming lets the discriminator see reconstructions made
+after the autoencoder's step (a second forward), "shared" shows it those of the one forward. Before
+`disc_start` the discriminator is not run at all and its loss is 0.
 
-Under torchrun the adaptive weight is each rank's own, as in taming; gradients are averaged by torch's
-DistributedDataParallel, around the VQGAN and around the discriminator's loss.
+Under torchrun the adaptive weight is each rank's own, as in taming; gradients are averaged by
+torch's DistributedDataParallel, around the VQGAN and around the discriminator's loss.
 Source: arXiv:2012.09841 section 3.1; CompVis/taming-transformers taming/models/vqgan.py.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from vqfast.checkpoints import native
 from vqfast.config import ConfigError
 from vqfast.losses import Stage1Loss
+from vqfast.metrics import perplexity, psnr, usage
 from vqfast.models.vqgan import VQGAN, VQGANConfig
 from vqfast.train import runner, schedule
 from vqfast.train.distributed import World
@@ -41,7 +43,9 @@ _DEFAULT_RATE = 1e-4
 
 @dataclass
 class TokenizerConfig:
-    """The file of `vqfast train tokenizer`. `model` is a VQGANConfig; its resolution is data.size unless given."""
+    """The file of `vqfast train tokenizer`. `model` is a VQGANConfig; its resolution is data.size
+    unless given.
+    """
 
     model: VQGANConfig = field(default_factory=VQGANConfig)
     loss: LossSection = field(default_factory=LossSection)
@@ -63,7 +67,9 @@ class TokenizerConfig:
 
 
 class _Critic(nn.Module):
-    """The discriminator's loss as a module, so that DistributedDataParallel sees one forward per backward."""
+    """The discriminator's loss as a module, so that DistributedDataParallel sees one forward per
+    backward.
+    """
 
     def __init__(self, loss: Stage1Loss):
         super().__init__()
@@ -134,7 +140,9 @@ class TokenizerStage(Stage):
     # ---- one step
 
     def step(self, step: int, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | float]:
-        """One update of both networks. BadStep, with everything put back, if anything is not finite."""
+        """One update of both networks. BadStep, with everything put back, if anything is not
+        finite.
+        """
         train, loss = self.config.train, self.config.loss
         images = [
             b["image"].to(self.world.device, memory_format=torch.channels_last, non_blocking=True)
@@ -186,7 +194,9 @@ class TokenizerStage(Stage):
         return net.no_sync() if wrapped and not last else contextlib.nullcontext()
 
     def _generator_pass(self, x: Tensor, step: int, passes: int) -> dict[str, Tensor]:
-        """Forward and backward of the autoencoder; the components of its loss, x̂ and the codes, without gradient."""
+        """Forward and backward of the autoencoder; the components of its loss, x̂ and the codes,
+        without gradient.
+        """
         with self._autocast():
             x_hat, codebook, info = self._net(x)
             out = self.loss.generator(x, x_hat, codebook, self.model.last_layer, step)
@@ -273,7 +283,9 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def _revive(self, step: int) -> int:
-        """Move each code that was not chosen for `revive_after` steps onto a latent of this batch."""
+        """Move each code that was not chosen for `revive_after` steps onto a latent of this
+        batch.
+        """
         last, every = self.extra["last_used"], self.config.train.revive_after
         if (step + 1) % every:
             return 0
@@ -306,11 +318,11 @@ class TokenizerStage(Stage):
         )
 
     @contextlib.contextmanager
-    def _for_use(self) -> Any:
+    def _for_use(self) -> Iterator[None]:
         self.train_mode(False)
-        with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
-            with torch.no_grad(), self._autocast():
-                yield
+        average = self.ema.applied() if self.ema is not None else contextlib.nullcontext()
+        with average, torch.no_grad(), self._autocast():
+            yield
 
     def validate(self) -> dict[str, float]:
         """rec_loss, p_loss, psnr, perplexity and usage over the held-out images."""
@@ -327,17 +339,14 @@ class TokenizerStage(Stage):
                 x_hat, _, info = self.model(x)
                 x_hat = x_hat.float()
                 totals["rec_loss"] += (x - x_hat).abs().mean().item() * len(x)
-                totals["psnr"] += float(_psnr(x, x_hat.clamp(-1, 1)).sum())
+                totals["psnr"] += float(psnr(x, x_hat.clamp(-1, 1)).sum())
                 if self.loss.perceptual is not None:
                     totals["p_loss"] += self.loss.perceptual(x, x_hat).float().mean().item() * len(
                         x
                     )
                 counts += torch.bincount(info["indices"].reshape(-1).cpu(), minlength=len(counts))
-        share = counts / counts.sum()
         out = {name: value / len(self._held[0]) for name, value in totals.items()}
-        out["perplexity"] = float(torch.exp(-torch.special.xlogy(share, share).sum()))
-        out["usage"] = float((counts > 0).float().mean())
-        return out
+        return out | {"perplexity": perplexity(counts), "usage": usage(counts)}
 
     def pictures(self) -> dict[str, Tensor]:
         if self._held is None:
@@ -358,13 +367,9 @@ class TokenizerStage(Stage):
         return [shapes, f"parameters: {', '.join(parts)}"]
 
 
-def _psnr(x: Tensor, y: Tensor) -> Tensor:
-    """[B] in dB, of images in [-1, 1]."""
-    return 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)).clamp_min(1e-10))
-
-
-def _identity(config: TokenizerConfig, world: World) -> dict[str, Any]:
+def _identity(stage: TokenizerStage) -> dict[str, Any]:
     """What a resume may not change: it would no longer be the same run."""
+    config = stage.config
     keep: dict[str, Any] = {f"model.{k}": v for k, v in config.model.to_dict().items()}
     for section, names in {
         "data": ("size", "batch_size", "crop", "min_crop", "flip", "val_fraction"),
@@ -372,10 +377,12 @@ def _identity(config: TokenizerConfig, world: World) -> dict[str, Any]:
         "loss": ("disc_num_layers", "disc_channels", "disc_norm"),
     }.items():
         keep |= {f"{section}.{n}": getattr(getattr(config, section), n) for n in names}
-    return keep | {"processes": world.size}
+    return keep | {"processes": stage.world.size}
 
 
-def _build(config: TokenizerConfig, world: World) -> tuple[TokenizerStage, ImageFeed]:
+def _build(
+    config: TokenizerConfig, world: World, out: Path | None
+) -> tuple[TokenizerStage, ImageFeed]:
     train, data = config.train, config.data
     source, held = open_sources(data)
     assert data.size is not None  # `complete` has set it
@@ -401,7 +408,8 @@ def run(
     """Train a tokenizer, as `vqfast train tokenizer` does.
 
     Args:
-        config_path: YAML; overrides: `key=value`; data, precision: as the keys data.path and train.precision.
+        config_path: YAML; overrides: `key=value`; data, precision: as the keys data.path and
+            train.precision.
         out: the run folder; needed unless dry_run or print_config.
         resume: "auto", "none" or a path; max_steps: where to stop, train.max_steps by default.
         device: "auto", "cpu", "cuda" or "cuda:N".
