@@ -133,7 +133,10 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int])
 
 
 def _parse(text: str) -> dict:
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that no text file holds
+        raise ConfigError(" ".join(str(error).split())) from None
     try:
         node = loader.get_single_node()
         if node is None:

@@ -47,11 +47,16 @@ def read(source: Source) -> Checkpoint:
         CheckpointError: cut, damaged (any bit), of a newer version, or not written by `write`.
     """
     path = source.path / WEIGHTS if source.folder else source.path
-    said = _read_header(path)
+    _check_header(path)
     try:
+        # one open file: a writer may replace the path at any moment
         with safe_open(path, "pt", device="cpu") as file:
-            # clone: the library's tensors are views of the mapped file, which a later save replaces
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            said = _fields(path, file.metadata())
+            names = list(file.keys())
+            # clone: the library's tensors are views of the mapped file
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged or cut ({error})") from None
     if _digest(said, tensors) != said["sha256"]:
@@ -156,26 +161,29 @@ def _digest(said: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a weights file, its sizes checked before the library maps the file."""
+def _check_header(path: Path) -> None:
+    """Refuses what the library would take: a header of any size, and names given twice."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path}: damaged or cut: its header claims {length} bytes")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error})") from None
-    said = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(said, dict) or said.get("format") != "vqfast":
+
+
+def _fields(path: Path, said: dict[str, str] | None) -> dict[str, str]:
+    """The `__metadata__` of a weights file, complete and of a version that is known here."""
+    if said is None or said.get("format") != "vqfast":
         raise CheckpointError(
             f"{path}: weights without a configuration of this package, or damaged"
         )
-    version = said.get("version")
-    if str(version).isdigit() and int(str(version)) > VERSION:
+    version = said.get("version", "")
+    if version.isdigit() and int(version) > VERSION:
         raise CheckpointError(
             f"{path}: written in format version {version}, this package reads up to {VERSION}; "
             "upgrade vqfast"

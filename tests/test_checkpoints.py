@@ -1,0 +1,677 @@
+"""Checkpoints: the native format, taming's, strictness, and saves that are always whole."""
+
+import errno
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vqfast import checkpoints
+from vqfast.checkpoints import native, taming
+from vqfast.errors import CheckpointError
+
+CONFIG = {"ch": 32, "n_embed": 7, "embed_dim": 3}
+NETWORK = {
+    "ch": 8, "out_ch": 3, "in_channels": 3, "ch_mult": [1], "num_res_blocks": 1,
+    "attn_resolutions": [], "resolution": 16, "z_channels": 5, "double_z": False, "dropout": 0.0,
+}  # fmt: skip
+
+
+def tensors(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "quantize.embedding.weight": torch.randn(7, 3, generator=g),
+        "encoder.mid.block_1.norm1.weight": torch.randn(8, generator=g),
+        "step": torch.tensor(3),
+    }
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def saved(folder, seed=0, **more):
+    native.write(folder, "tokenizer", CONFIG, tensors(seed), {"steps": 5}, **more)
+    return folder
+
+
+# ---- native
+
+
+def test_native_gives_back_what_was_written(tmp_path):
+    found = checkpoints.read(saved(tmp_path / "m"))
+    assert (found.format, found.kind, found.config) == ("native", "tokenizer", CONFIG)
+    assert found.metadata == {"steps": 5} and equal(found.tensors, tensors())
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    said = json.loads((tmp_path / "m/config.json").read_text())
+    assert said["config"] == CONFIG and said["metadata"] == {"steps": 5}
+
+
+def test_the_weights_file_stands_for_itself(tmp_path):
+    saved(tmp_path / "m")
+    (tmp_path / "m/config.json").write_text("not json")
+    assert equal(checkpoints.read(tmp_path / "m").tensors, tensors())
+    assert equal(checkpoints.read(tmp_path / "m/model.safetensors").tensors, tensors())
+
+
+def test_native_stores_half_precision_and_refuses_what_does_not_fit_it(tmp_path):
+    found = checkpoints.read(saved(tmp_path / "m", dtype=torch.float16)).tensors
+    assert found["quantize.embedding.weight"].dtype == torch.float16
+    assert found["step"].dtype == torch.int64
+    big = {"w": torch.tensor([1e6])}
+    with pytest.raises(ValueError, match=r"w must be finite.*float16"):
+        native.write(tmp_path / "big", "tokenizer", {}, big, dtype=torch.float16)
+    assert not (tmp_path / "big").exists()
+
+
+def test_native_saves_tied_and_strided_tensors(tmp_path):
+    w = torch.arange(6.0).reshape(2, 3)
+    native.write(tmp_path / "m", "tokenizer", {}, {"a": w, "b": w, "c": w.t()})
+    found = checkpoints.read(tmp_path / "m").tensors
+    assert torch.equal(found["a"], w) and torch.equal(found["b"], w)
+    assert torch.equal(found["c"], w.t())
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = saved(tmp_path / "m") / "model.safetensors"
+    good, rng = path.read_bytes(), random.Random(0)
+    places = list(range(len(good)))
+    for at in [*rng.sample(places, 400), *range(8, 40), len(good) - 1]:
+        data = bytearray(good)
+        data[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError):
+            checkpoints.read(tmp_path / "m")
+
+
+def test_every_cut_is_found(tmp_path):
+    path = saved(tmp_path / "m") / "model.safetensors"
+    good = path.read_bytes()
+    for n in [*range(0, len(good), 37), len(good) - 1]:
+        path.write_bytes(good[:n])
+        with pytest.raises(CheckpointError, match=r"m.*model\.safetensors|m: "):
+            checkpoints.read(tmp_path / "m")
+
+
+def header_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        ({}, 1 << 40),
+        ({}, (1 << 64) - 1),
+        (b'{"a":1,"a":2}', None),
+        (b"{" * 100_000, None),
+        ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, None),
+        ({"__metadata__": {"format": "pt"}}, None),
+        ({"__metadata__": {"format": "vqfast", "version": "1"}}, None),
+    ],
+)
+def test_headers_that_lie_or_lack_are_refused(tmp_path, header, length):
+    header_file(tmp_path / "model.safetensors", header, b"\0" * 16, length)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        checkpoints.read(tmp_path / "model.safetensors")
+
+
+def test_overlaps_and_holes_in_the_data_are_refused(tmp_path):
+    path = saved(tmp_path / "m") / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    for name, shift in (("step", 8), ("step", -8)):
+        changed = json.loads(json.dumps(header))
+        begin, end = changed[name]["data_offsets"]
+        changed[name]["data_offsets"] = [begin + shift, end + shift]
+        header_file(path, changed, data[8 + length :])
+        with pytest.raises(CheckpointError):
+            checkpoints.read(tmp_path / "m")
+
+
+def test_a_newer_version_is_named_and_the_way_out_too(tmp_path):
+    path = saved(tmp_path / "m") / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        said = file.metadata() | {"version": "2"}
+    save_file(tensors(), path, metadata=said)
+    with pytest.raises(CheckpointError, match=r"version 2.*up to 1.*upgrade"):
+        checkpoints.read(tmp_path / "m")
+
+
+def test_weights_of_other_tools_are_not_taken_for_native(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="without a configuration"):
+        checkpoints.read(tmp_path)
+
+
+# ---- saving
+
+
+def test_saving_onto_what_was_read_keeps_both_right(tmp_path):
+    found = checkpoints.read(saved(tmp_path / "m"))
+    found.tensors["step"] += 1
+    native.write(tmp_path / "m", "tokenizer", CONFIG, found.tensors)
+    want = tensors() | {"step": torch.tensor(4)}
+    assert equal(found.tensors, want) and equal(checkpoints.read(tmp_path / "m").tensors, want)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path, monkeypatch):
+    saved(tmp_path / "m")
+
+    def half(plain, path, metadata):
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(native, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        saved(tmp_path / "m", seed=1)
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert equal(checkpoints.read(tmp_path / "m").tensors, tensors())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE as on Linux")
+def test_a_full_disk_raises_and_leaves_the_old_checkpoint(tmp_path):
+    saved(tmp_path / "m")
+    code = """
+import resource, signal, sys, torch
+from vqfast.checkpoints import native
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    native.write(sys.argv[1], "tokenizer", {}, {"w": torch.zeros(10000)})
+except OSError as error:
+    print("OSError")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == "OSError", ran.stderr
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert equal(checkpoints.read(tmp_path / "m").tensors, tensors())
+
+
+def test_a_save_syncs_the_file_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(fd):
+        kind = "folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"
+        events.append(f"fsync {kind}")
+        fsync(fd)
+
+    def spy_replace(a, b):
+        events.append(f"rename {os.path.basename(b)}")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    saved(tmp_path / "m")
+    one = ["fsync file", "rename {}", "fsync folder"]
+    assert events == [e.format(n) for n in ("model.safetensors", "config.json") for e in one]
+
+
+def test_a_reader_sees_the_old_or_the_new_never_a_mix(tmp_path):
+    folder, stop = saved(tmp_path / "m"), threading.Event()
+
+    def writer():
+        seed = 0
+        while not stop.is_set():
+            seed += 1
+            saved(folder, seed % 2)
+
+    thread = threading.Thread(target=writer)
+    thread.start()
+    try:
+        seen = [checkpoints.read(folder).tensors for _ in range(100)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(equal(s, tensors(0)) or equal(s, tensors(1)) for s in seen)
+
+
+def test_stale_temporary_files_are_ignored_and_removed_later(tmp_path):
+    folder = saved(tmp_path / "m")
+    stale = folder / ".tmp-999999999-abcdef01-model.safetensors"
+    stale.write_bytes(b"half")
+    assert equal(checkpoints.read(folder).tensors, tensors())
+    saved(folder, seed=1)
+    assert not stale.exists()
+
+
+# ---- strictness
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 1, bias=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
+def test_load_into_lists_every_bad_key_and_changes_nothing():
+    module = Small()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    bad = {"a.weight": torch.ones(3, 2), "b.weight": torch.ones(1, 4), "extra": torch.ones(1)}
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load_into(module, bad, what="here")
+    text = str(caught.value)
+    assert text.startswith("here: ")
+    for part in ("missing a.bias", "missing count", "unexpected extra", "[1, 4]", "[1, 3]"):
+        assert part in text
+    assert equal(before, module.state_dict())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_load_into_fills_a_module_in_its_own_dtypes(device):
+    with torch.device(device):
+        module = Small()
+    values = {
+        "a.weight": torch.arange(6).reshape(3, 2).half(),
+        "a.bias": torch.ones(3).double(),
+        "b.weight": torch.full((1, 3), 2.0),
+        "count": torch.tensor(7),
+    }
+    checkpoints.load_into(module, values)
+    state = module.state_dict()
+    assert all(torch.equal(state[k], values[k].to(state[k].dtype)) for k in values)
+    assert state["a.weight"].dtype == torch.float32 and state["a.weight"].device.type == "cpu"
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_fit_with_allow_partial_puts_zeros_and_says_so():
+    given = {"a.weight": torch.ones(3, 2), "extra": torch.ones(1), "count": torch.tensor(1)}
+    made, changed = checkpoints.fit(Small(), given, allow_partial=True)
+    assert made.keys() == Small().state_dict().keys()
+    assert torch.equal(made["a.weight"], torch.ones(3, 2)) and not made["b.weight"].any()
+    assert changed == ["missing a.bias", "missing b.weight", "unexpected extra"]
+
+
+def test_unusable_tensors_are_all_named():
+    good = torch.ones(3, 3)
+    state = {
+        "ok": good,
+        "nan": torch.tensor([1.0, float("nan")]),
+        "inf": torch.tensor([float("inf")]),
+        "sparse": good.to_sparse(),
+        "meta": good.to("meta"),
+        "wide": torch.ones(1).expand(10**9),
+        "overlap": torch.ones(10).as_strided((3, 3), (1, 1)),
+        "complex": torch.ones(1, dtype=torch.complex64),
+        "number": 3,
+    }
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.clean_tensors(state, "m.ckpt")
+    bad = str(caught.value).removeprefix("m.ckpt: unusable tensors: ").split("; ")
+    assert sorted(b.split()[0] for b in bad) == sorted(set(state) - {"ok"})
+
+
+def test_dense_views_are_taken_and_copied():
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"t": base.t(), "cut": base[:, ::2], "row": base[1], "empty": torch.ones(0, 3)}
+    made, _ = checkpoints.clean_tensors(state, "m.ckpt")
+    assert equal(made, state)
+    base.zero_()
+    assert made["t"][1, 1] == 5
+
+
+def test_the_ignore_list_is_the_contracts():
+    ignored = [
+        "loss.discriminator.main.0.weight", "transformer.blocks.0.attn.mask", "colorize",
+        "model_ema.decay", "freqs_cis", "quantize.codebook_used",
+    ]  # fmt: skip
+    kept = ["lossy.weight", "encoder.attn.mask.weight", "my.colorize", "ema.decay", "quantize.x"]
+    state = {k: torch.ones(1) for k in ignored + kept}
+    state["loss.bad"] = torch.tensor([float("nan")])
+    made, dropped = checkpoints.clean_tensors(state, "m")
+    assert sorted(made) == sorted(kept) and sorted(dropped) == sorted([*ignored, "loss.bad"])
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "folder", "fifo", "loop", "null", "long"])
+def test_paths_that_are_no_checkpoint_fail_at_once_with_their_name(tmp_path, kind):
+    path = tmp_path / "x\u00e9\U0001f600.ckpt"
+    if kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "null":
+        path = str(tmp_path / "x\0.ckpt")
+    elif kind == "long":
+        path = tmp_path / ("x" * 300)
+    with pytest.raises(CheckpointError, match="x"):
+        checkpoints.read(path)
+
+
+def test_an_unreadable_file_fails_with_its_name(tmp_path):
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(CheckpointError, match=r"m\.ckpt: Permission"):
+        checkpoints.read(path)
+
+
+# ---- taming
+
+
+def vq_state(prefix="", n_embed=7, embed_dim=3):
+    g = torch.Generator().manual_seed(1)
+    shapes = {
+        "encoder.conv_in.weight": (8, 3, 3, 3),
+        "encoder.mid.block_1.norm1.weight": (8,),
+        "decoder.conv_in.weight": (8, 5, 3, 3),
+        "decoder.conv_out.weight": (3, 8, 3, 3),
+        "quantize.embedding.weight": (n_embed, embed_dim),
+    }
+    return {prefix + k: torch.randn(s, generator=g) for k, s in shapes.items()}
+
+
+def vq_tree(n_embed=7, embed_dim=3, target="taming.models.vqgan.VQModel", **params):
+    params = {"embed_dim": embed_dim, "n_embed": n_embed, "ddconfig": dict(NETWORK), **params}
+    return {"target": target, "params": params}
+
+
+def put(path, state, tree=None, where=None, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, **more}, path)
+    if tree is not None:
+        where = where or path.with_suffix(".yaml")
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text(tree if isinstance(tree, str) else yaml.safe_dump({"model": tree}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "conf"),
+    [
+        ("m.ckpt", "m.yaml"),
+        ("m.ckpt", "configs/2021-01-01T00-00-00-project.yaml"),
+        ("m.ckpt", "configs/model.yaml"),
+        ("checkpoints/last.ckpt", "configs/2021-01-01T00-00-00-project.yaml"),
+        ("ckpts/last.ckpt", "configs/model.yaml"),
+        ("a[1]*.safetensors", "a[1]*.yaml"),
+    ],
+)
+def test_the_yaml_of_a_taming_file_is_found(tmp_path, ckpt, conf):
+    put(tmp_path / ckpt, vq_state(), vq_tree(), tmp_path / conf, global_step=12)
+    found = checkpoints.read(tmp_path / ckpt)
+    assert (found.format, found.kind) == ("taming", "tokenizer")
+    assert found.metadata == {"source": "taming", "global_step": 12}
+    assert found.config == NETWORK | {"quantizer": "vq", "n_embed": 7, "embed_dim": 3}
+    assert equal(found.tensors, vq_state())
+
+
+def test_a_given_config_wins_and_without_one_the_error_says_where_it_looked(tmp_path):
+    path = put(tmp_path / "m.ckpt", vq_state())
+    with pytest.raises(CheckpointError, match=r"m\.yaml.*configs/\*project\.yaml.*config="):
+        checkpoints.read(path)
+    put(tmp_path / "o.ckpt", {}, vq_tree(), tmp_path / "other.yaml")
+    assert checkpoints.read(path, tmp_path / "other.yaml").config["n_embed"] == 7
+    assert checkpoints.read(path, {"model": vq_tree()}).config["n_embed"] == 7
+    own = NETWORK | {"n_embed": 7, "embed_dim": 3}
+    assert checkpoints.read(path, own).config == own
+
+
+@pytest.mark.parametrize(
+    ("state", "tree", "says"),
+    [
+        ({}, vq_tree(n_embed=8), "n_embed is 8"),
+        ({}, vq_tree(embed_dim=4), "embed_dim is 4"),
+        ({}, vq_tree(n_embed="7"), "n_embed must be an integer"),
+        ({}, vq_tree(target="os.system"), "unknown target 'os.system'"),
+        ({}, vq_tree(target="taming.modules.transformer.mingpt.GPT"), "stands for a gpt"),
+        ({}, {"target": "taming.models.vqgan.VQModel", "params": "rm"}, "params must be a mapping"),
+        ({}, "", "no|empty|mapping"),
+        ({}, "model: !!python/object/apply:os.system ['true']\n", "python"),
+        ({}, "model:\n\t- x", "m.yaml"),
+        ({}, "\x00\x01", "m.yaml"),
+        ({}, "- 1\n- 2", "mapping"),
+        ({"n": torch.tensor([float("nan")])}, vq_tree(), "n holds NaN"),
+        ({}, vq_tree(remap="/author/ids.npy"), "quantize.used"),
+        ({}, vq_tree(ddconfig=NETWORK | {"use_linear_attn": True}), "use_linear_attn"),
+        ({}, vq_tree(ddconfig={k: v for k, v in NETWORK.items() if k != "resolution"}), "resolu"),
+    ],
+)
+def test_a_yaml_or_state_that_cannot_be_right_is_named(tmp_path, state, tree, says):
+    path = put(tmp_path / "m.ckpt", vq_state() | state, tree)
+    with pytest.raises(CheckpointError, match=says):
+        checkpoints.read(path)
+
+
+def test_alias_bombs_end_quickly(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
+    with pytest.raises(CheckpointError, match="alias"):
+        checkpoints.read(put(tmp_path / "m.ckpt", vq_state(), "\n".join(lines)))
+
+
+def test_harmless_switches_of_ldm_and_unused_sections_are_accepted(tmp_path):
+    more = {"lossconfig": {"target": "os.system", "params": {"command": "x"}}, "monitor": "val"}
+    tree = vq_tree(
+        target="ldm.models.autoencoder.VQModelInterface",
+        ddconfig=NETWORK | {"attn_type": "none", "resamp_with_conv": True},
+        ckpt_path="/author/only.ckpt",
+        **more,
+    )
+    assert (
+        checkpoints.read(put(tmp_path / "m.ckpt", vq_state(), tree)).config["attn_type"] == "none"
+    )
+
+
+def gumbel(state):
+    state = dict(state)
+    state["quantize.embed.weight"] = state.pop("quantize.embedding.weight")
+    return state
+
+
+def test_gumbel_tokenizers_keep_their_weight(tmp_path):
+    tree = vq_tree(target="taming.models.vqgan.GumbelVQ", kl_weight=1e-8)
+    found = checkpoints.read(put(tmp_path / "m.ckpt", gumbel(vq_state()), tree))
+    assert found.config["quantizer"] == "gumbel" and found.config["kl_weight"] == 1e-8
+
+
+def test_remapped_codes_come_from_the_file(tmp_path):
+    used = {"quantize.used": torch.tensor([1, 4, 6])}
+    path = put(tmp_path / "m.ckpt", vq_state() | used, vq_tree(remap="/author/ids.npy"))
+    assert checkpoints.read(path).config["remap"] == [1, 4, 6]
+
+
+# ---- taming, stage 2
+
+GPT = {"vocab_size": 7, "block_size": 20, "n_layer": 1, "n_head": 2, "n_embd": 4}
+LABELS = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 5}}
+
+
+def gpt_state():
+    return {
+        "transformer.tok_emb.weight": torch.randn(7, 4),
+        "transformer.pos_emb": torch.randn(1, 20, 4),
+        "transformer.blocks.0.attn.key.weight": torch.randn(4, 4),
+        "transformer.blocks.0.attn.mask": torch.ones(1, 1, 20, 20),
+    }
+
+
+def net2net(cond, **more):
+    params = {
+        "first_stage_config": vq_tree(ckpt_path="/author/only.ckpt"),
+        "cond_stage_config": cond,
+        "transformer_config": {
+            "target": "taming.modules.transformer.mingpt.GPT",
+            "params": GPT,
+        },
+        **more,
+    }
+    return {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}
+
+
+@pytest.mark.parametrize(
+    ("cond", "more", "want"),
+    [
+        (LABELS, {}, {"kind": "class", "n_classes": 5}),
+        ("__is_unconditional__", {"sos_token": 3}, {"kind": "sos", "sos_token": 3}),
+        ("__is_unconditional__", {}, {"kind": "sos", "sos_token": 0}),
+        ("__is_first_stage__", {}, {"kind": "first_stage"}),
+        (
+            {
+                "target": "taming.modules.misc.coord.CoordStage",
+                "params": {"n_embed": 7, "down_factor": 8},
+            },
+            {},
+            {"kind": "coord", "n_embed": 7, "down_factor": 8},
+        ),
+    ],
+)
+def test_conditions_of_a_transformer(tmp_path, cond, more, want):
+    state = vq_state("first_stage_model.") | gpt_state()
+    state["first_stage_model.loss.x"] = torch.ones(1)
+    found = checkpoints.read(put(tmp_path / "m.ckpt", state, net2net(cond, **more)))
+    assert found.kind == "pipeline" and found.config["conditioning"] == want
+    assert found.config["transformer"] == GPT and found.config["tokenizer"]["n_embed"] == 7
+    parts = vq_state("tokenizer.") | gpt_state()
+    del parts["transformer.blocks.0.attn.mask"]
+    assert found.tensors.keys() == parts.keys()
+    assert found.ignored == ["transformer.blocks.0.attn.mask", "first_stage_model.loss.x"]
+
+
+def test_a_conditioning_tokenizer_keeps_its_own_config_and_weights(tmp_path):
+    state = vq_state("first_stage_model.") | gpt_state() | vq_state("cond_stage_model.", 6, 2)
+    found = checkpoints.read(put(tmp_path / "m.ckpt", state, net2net(vq_tree(6, 2))))
+    assert found.config["conditioning"]["kind"] == "tokenizer"
+    assert found.config["conditioning"]["config"]["n_embed"] == 6
+    assert found.tensors["conditioning.quantize.embedding.weight"].shape == (6, 2)
+
+
+def test_a_shared_first_stage_is_kept_once_and_must_be_the_same(tmp_path):
+    shared = vq_state("first_stage_model.") | gpt_state() | vq_state("cond_stage_model.")
+    found = checkpoints.read(put(tmp_path / "m.ckpt", shared, net2net("__is_first_stage__")))
+    assert not [k for k in found.tensors if k.startswith("conditioning.")]
+    shared["cond_stage_model.encoder.conv_in.weight"] += 1
+    with pytest.raises(
+        CheckpointError, match=r"cond_stage_model\.encoder\.conv_in\.weight differs"
+    ):
+        checkpoints.read(put(tmp_path / "m.ckpt", shared, net2net("__is_first_stage__")))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"permuter_config": {"target": "taming.modules.transformer.permuter.ZCurve"}}, "ZCurve"),
+        ({"cond_stage_config": "__is_secret__"}, "__is_secret__"),
+        ({"cond_stage_config": {"target": "os.system", "params": {}}}, r"os\.system"),
+        ({"transformer_config": {"target": "x.GPT", "params": GPT}}, r"x\.GPT"),
+        (
+            {
+                "transformer_config": {
+                    "target": "taming.modules.transformer.mingpt.GPT",
+                    "params": {k: v for k, v in GPT.items() if k != "n_head"},
+                }
+            },
+            "n_head is missing",
+        ),
+        (
+            {
+                "transformer_config": {
+                    "target": "taming.modules.transformer.mingpt.GPT",
+                    "params": GPT | {"vocab_size": 9},
+                }
+            },
+            r"vocab_size is 9.*\[7, 4\]",
+        ),
+    ],
+)
+def test_what_a_transformers_yaml_cannot_say_is_named(tmp_path, change, says):
+    state = vq_state("first_stage_model.") | gpt_state()
+    tree = net2net(LABELS)
+    tree["params"] |= change
+    with pytest.raises(CheckpointError, match=says):
+        checkpoints.read(put(tmp_path / "m.ckpt", state, tree))
+
+
+def test_a_transformer_without_its_yaml_says_what_is_missing(tmp_path):
+    path = put(tmp_path / "m.ckpt", vq_state("first_stage_model.") | gpt_state())
+    with pytest.raises(CheckpointError, match="n_head"):
+        checkpoints.read(path)
+
+
+def test_the_tokenizer_of_a_pipeline_is_taken_out_and_the_reverse_refused(tmp_path):
+    state = vq_state("first_stage_model.") | gpt_state()
+    path = put(tmp_path / "p.ckpt", state, net2net(LABELS))
+    found = checkpoints.read(path, expect="tokenizer")
+    assert found.kind == "tokenizer" and equal(found.tensors, vq_state())
+    path = put(tmp_path / "t.ckpt", vq_state(), vq_tree())
+    with pytest.raises(CheckpointError, match="holds a tokenizer, a pipeline is needed"):
+        checkpoints.read(path, expect="pipeline")
+
+
+# ---- writing taming's format
+
+
+@pytest.mark.parametrize("cond", [LABELS, "__is_unconditional__", "__is_first_stage__", vq_tree()])
+def test_a_written_taming_pipeline_reads_as_the_same(tmp_path, cond):
+    state = vq_state("first_stage_model.") | gpt_state()
+    if isinstance(cond, dict) and "vqgan" in cond["target"]:
+        state |= vq_state("cond_stage_model.")
+    first = checkpoints.read(put(tmp_path / "a.ckpt", state, net2net(cond), global_step=9))
+    taming.write(tmp_path / "b.ckpt", first.kind, first.config, first.tensors, first.metadata)
+    again = checkpoints.read(tmp_path / "b.ckpt")
+    assert again.config == first.config and equal(again.tensors, first.tensors)
+    assert again.metadata == first.metadata
+    kept = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
+    assert kept.keys() == state.keys() - {"transformer.blocks.0.attn.mask"}
+
+
+def test_what_taming_has_no_word_for_is_refused(tmp_path):
+    base = NETWORK | {"n_embed": 7, "embed_dim": 3, "quantizer": "vq"}
+    for key, value in (
+        ("metric", "cosine"),
+        ("legacy", False),
+        ("beta", 0.5),
+        ("quantizer", "ema"),
+    ):
+        with pytest.raises(ValueError, match=key):
+            taming.write(tmp_path / "m.ckpt", "tokenizer", base | {key: value}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_are_found_by_name():
+    assert {"native", "taming"} <= set(checkpoints.formats())
+    for module in checkpoints.formats().values():
+        assert callable(module.claims) and callable(module.read)
+    with pytest.raises(ValueError, match="format must be one of"):
+        checkpoints.read(".", format="nope")
+
+
+def test_native_files_are_plain_safetensors(tmp_path):
+    assert equal(load_file(saved(tmp_path / "m") / "model.safetensors"), tensors())
