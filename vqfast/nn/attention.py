@@ -46,4 +46,4 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        return x + self.proj_out(spatial_attention(self.q(h), self.k(h), self.v(h)))
+        return self.proj_out(spatial_attention(self.q(h), self.k(h), self.v(h))).add_(x)
