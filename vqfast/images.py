@@ -29,6 +29,7 @@ from vqfast.errors import DataError
 __all__ = [
     "EXTENSIONS",
     "MAX_PIXELS",
+    "Picture",
     "array_to_image",
     "crop",
     "fit",
@@ -41,6 +42,8 @@ __all__ = [
     "to_pil",
     "to_tensor",
 ]
+
+Picture = Image.Image  # the one name of Pillow that other files may use
 
 # decoders that Pillow links in; no format here starts another program or reads a second file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -13,7 +13,6 @@ from lzma import LZMAError
 from pathlib import Path
 
 import numpy as np
-from PIL.Image import Image
 
 from vqfast.data.source import (
     Names,
@@ -23,7 +22,7 @@ from vqfast.data.source import (
     shared_prefix,
 )
 from vqfast.errors import DataError
-from vqfast.images import load_image, printable
+from vqfast.images import Picture, load_image, printable
 
 MAX_MEMORY_BYTES = 8 << 30  # of the pictures in a compressed archive
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, LZMAError)
@@ -113,7 +112,7 @@ class TarSource:
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
-    def read(self, index: int) -> Image:
+    def read(self, index: int) -> Picture:
         name = self._names[index]
         shown = f"{self.root}: {printable(name)}"
         if leaves_root(name):

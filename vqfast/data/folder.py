@@ -6,11 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL.Image import Image
-
 from vqfast.data.source import Names, labels_by_folder, leaves_root, looks_like_picture
 from vqfast.errors import DataError
-from vqfast.images import load_image, printable
+from vqfast.images import Picture, load_image, printable
 
 
 def claims(path: Path) -> int:
@@ -56,7 +54,7 @@ class FolderSource:
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
-    def read(self, index: int) -> Image:
+    def read(self, index: int) -> Picture:
         return load_image(os.path.join(self._root, self._names[index]))
 
     def manifest(self) -> str:

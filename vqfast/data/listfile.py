@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL.Image import Image
 
 from vqfast.data.source import NO_LABEL, Names, looks_like_picture
 from vqfast.errors import DataError
-from vqfast.images import load_image, printable
+from vqfast.images import Picture, load_image, printable
 
 _MAX_BYTES = 1 << 30
 
@@ -69,7 +68,7 @@ class ListFileSource:
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
-    def read(self, index: int) -> Image:
+    def read(self, index: int) -> Picture:
         return load_image(os.path.join(self._folder, self._names[index]))
 
     def manifest(self) -> str:

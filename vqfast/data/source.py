@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
-from PIL.Image import Image
 
 from vqfast import _check
-from vqfast.images import EXTENSIONS
+from vqfast.images import EXTENSIONS, Picture
 
 NO_LABEL = -1
 
@@ -37,7 +36,7 @@ class Source(Protocol):
         """Class number, or -1 for none."""
         ...
 
-    def read(self, index: int) -> Image:
+    def read(self, index: int) -> Picture:
         """The picture as RGB; DataError with its name and the reason."""
         ...
 
@@ -153,7 +152,7 @@ class Selection:
             return self._source.label(int(self._indices[index]))
         return int(self._labels[index])
 
-    def read(self, index: int) -> Image:
+    def read(self, index: int) -> Picture:
         return self._source.read(int(self._indices[index]))
 
     def manifest(self) -> str:
