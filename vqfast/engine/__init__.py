@@ -1,0 +1,5 @@
+"""Cached decoding of a GPT: packed weights, a static key-value cache, prefill, step, generate."""
+
+from vqfast.engine.engine import Engine
+
+__all__ = ["Engine"]

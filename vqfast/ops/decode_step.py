@@ -1,0 +1,239 @@
+"""One decoding step of a whole GPT against its key-value cache, in one call. Private:
+`vqfast.Engine` is its user.
+
+A row is one token of one sequence: (token, slot of the cache, position). Rows of a call may stand
+anywhere, so the same op decodes one token of each sequence and prefills many tokens of each. Per
+layer
+
+    q, k, v = qkv(LN1 h);  cache[slot, position] = k, v (of all rows, before any row attends)
+    h += proj(attend(q, cache[slot, : position + 1]));  h += out(gelu(fc(LN2 h)))
+
+and at last logits = head(LN h), of the last n_logits rows.
+
+A row's bits depend on its own sequence alone. Each output is summed in an order fixed by the length
+of the sum: the reference adds by a tree and takes erf and exp of a row at a time; kernels split
+output rows over threads, never a sum.
+
+Letters: R rows, L layers, E width, H heads, d = E / H, S positions, V vocabulary, B sequences of
+the cache.
+
+Packed weights: a matrix [N, K] (one of qkv [3E, E], proj [E, E], fc [4E, E], out [E, 4E] per layer,
+then head [V, E]) is cut into panels of 16 rows, with K padded to a multiple of 64 and N to one of
+16 by zeros. A panel holds, column by column, the 16 values of a column side by side:
+
+    bits 32  float32                      bits 16  bfloat16
+    bits 8   16 float32 row scales, then int8
+    bits 4   per 32 columns: 16 bfloat16 scales, then 16 bytes for each two columns, value + 8,
+             the even column in the low nibble
+
+`vectors` holds, per layer, LN1 weight and bias [2E], biases of qkv [3E] and proj [E], LN2 [2E],
+biases of fc [4E] and out [E]; then the last LN [2E].
+
+Cost: reads every weight once per call, whatever R (up to the cache size of a panel); 2·R flops per
+weight.
+Source: the decode loop of taming's mingpt.sample_with_past; arXiv:2301.12017 and 2210.17323
+(group-wise weights).
+"""
+
+import torch
+from torch import Tensor
+
+from vqfast._dispatch import Op, poison
+from vqfast.ops.decode_attention import attend, tree_sum
+
+PANEL = 16  # rows of a panel
+COLUMNS = 64  # K is padded to a multiple
+GROUP = 32  # columns that share an int4 scale
+VECTORS_PER_LAYER = 13  # times E
+_EPS = 1e-5  # of LayerNorm
+_PRODUCTS = 1 << 24  # products that the reference holds at a time
+
+
+def matrices(L: int, E: int, V: int) -> list[tuple[int, int]]:
+    """[N, K] of every packed matrix, in order."""
+    return [(3 * E, E), (E, E), (4 * E, E), (E, 4 * E)] * L + [(V, E)]
+
+
+def _padded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def panel_bytes(K: int, bits: int) -> int:
+    Kp = _padded(K, COLUMNS)
+    scales = {32: 0, 16: 0, 8: PANEL * 4, 4: Kp // GROUP * PANEL * 2}[bits]
+    return PANEL * Kp * bits // 8 + scales
+
+
+def matrix_bytes(N: int, K: int, bits: int) -> int:
+    return _padded(N, PANEL) // PANEL * panel_bytes(K, bits)
+
+
+def unpack(packed: Tensor, N: int, K: int, bits: int) -> Tensor:
+    """One packed matrix as float32 [panels, Kp, 16]: element [p, k, r] is row 16·p + r, column
+    k.
+    """
+    Kp = _padded(K, COLUMNS)
+    panels = packed.view(-1, panel_bytes(K, bits))  # [panels, bytes]
+    if bits == 32:
+        return panels.view(torch.float32).view(-1, Kp, PANEL)
+    if bits == 16:
+        return panels.view(torch.bfloat16).view(-1, Kp, PANEL).float()
+    if bits == 8:
+        scale = panels[:, : PANEL * 4].contiguous().view(torch.float32)  # [panels, 16]
+        values = panels[:, PANEL * 4 :].contiguous().view(torch.int8)
+        return values.view(-1, Kp, PANEL).float() * scale[:, None]
+    groups = panels.view(panels.shape[0], Kp // GROUP, -1)  # [panels, groups, bytes]
+    scale = groups[..., : PANEL * 2].contiguous().view(torch.bfloat16).float()
+    pairs = groups[..., PANEL * 2 :].reshape(*scale.shape[:2], GROUP // 2, 1, PANEL)
+    values = torch.cat([pairs & 15, pairs >> 4], dim=3).float() - 8  # even column, odd column
+    return (values * scale[:, :, None, None]).reshape(-1, Kp, PANEL)
+
+
+def _linear(x: Tensor, weight: Tensor, N: int) -> Tensor:
+    """x [R, K] times an unpacked matrix -> [R, N]."""
+    x = torch.nn.functional.pad(x, (0, weight.shape[1] - x.shape[1]))
+    rows = max(1, _PRODUCTS // weight.numel())
+    parts = [
+        # [rows, panels, Kp, 16] -> [rows, panels, 16]
+        tree_sum(some[:, None, :, None] * weight, 2).flatten(1)
+        for some in x.split(rows)
+    ]
+    return torch.cat(parts)[:, :N] if parts else x.new_empty(0, N)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    E = x.shape[1]
+    centred = x - (tree_sum(x, 1) / E)[:, None]
+    variance = tree_sum(centred * centred, 1) / E
+    return centred / torch.sqrt(variance + _EPS)[:, None] * weight + bias
+
+
+def _gelu(x: Tensor) -> Tensor:
+    # a row at a time: a vectorised erf may round the tail of an array differently
+    erf = [torch.erf(row / 2**0.5) for row in x]
+    return 0.5 * x * (1 + torch.stack(erf)) if erf else x
+
+
+def _attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: list[int], positions: list[int]
+) -> Tensor:
+    """q [R, H, d], caches [B, H, S, d] -> [R, H·d]; row r reads slots 0..positions[r] of its
+    sequence.
+    """
+    rows = [
+        attend(q[r], k_cache[b, :, : n + 1].float(), v_cache[b, :, : n + 1].float()).flatten()
+        for r, (b, n) in enumerate(zip(slots, positions, strict=True))
+    ]
+    return torch.stack(rows)
+
+
+def _reference(
+    tokens: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tok_emb: Tensor,
+    pos_emb: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    bits: int,
+    n_logits: int,
+) -> tuple[Tensor, Tensor]:
+    inputs = (tokens, slots, positions, k_cache, v_cache, tok_emb, pos_emb, vectors, weights)
+    logits, scratch = _outputs(*inputs, bits, n_logits)
+    L, _, H, _, d = k_cache.shape
+    E, V = H * d, tok_emb.shape[0]
+    shapes = matrices(L, E, V)
+    pieces = iter(weights.split([matrix_bytes(*shape, bits) for shape in shapes]))
+    shapes_left = iter(shapes)
+
+    def linear(x: Tensor) -> Tensor:
+        N, K = next(shapes_left)
+        return _linear(x, unpack(next(pieces), N, K, bits), N)
+
+    b, n = slots.tolist(), positions.tolist()
+    h = tok_emb[tokens] + pos_emb[positions]  # [R, E]
+    for layer in range(L):
+        part = vectors[layer * VECTORS_PER_LAYER * E :][: VECTORS_PER_LAYER * E]
+        w1, b1, qkv_bias, proj_bias, w2, b2, fc_bias, out_bias = part.split(
+            [E, E, 3 * E, E, E, E, 4 * E, E]
+        )
+        qkv = linear(_layer_norm(h, w1, b1)) + qkv_bias
+        q, k, v = (part.reshape(-1, H, d) for part in qkv.split(E, dim=1))  # [R, H, d]
+        k_cache[layer, slots, :, positions] = k.to(k_cache.dtype)
+        v_cache[layer, slots, :, positions] = v.to(v_cache.dtype)
+        h = h + linear(_attention(q, k_cache[layer], v_cache[layer], b, n)) + proj_bias
+        h = h + linear(_gelu(linear(_layer_norm(h, w2, b2)) + fc_bias)) + out_bias
+    if n_logits:
+        last = vectors[L * VECTORS_PER_LAYER * E :]
+        logits.copy_(linear(_layer_norm(h[-n_logits:], last[:E], last[E:])))
+    return logits, scratch
+
+
+def _outputs(
+    tokens: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tok_emb: Tensor,
+    pos_emb: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    bits: int,
+    n_logits: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits, and scratch of one row after another: h, normed, attended [Kp of E], qkv [3E], hidden
+    [Kp of 4E].
+    """
+    V, E = tok_emb.shape
+    # 16 more, so that the same column of all rows does not fall into one set of the cache
+    row = 3 * _padded(E, COLUMNS) + 3 * E + _padded(4 * E, COLUMNS) + 16
+    scratch = tok_emb.new_empty(tokens.shape[0], row)
+    return tok_emb.new_empty(n_logits, V), scratch
+
+
+_OP = Op(
+    "decode_step(Tensor tokens, Tensor slots, Tensor positions, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor tok_emb, Tensor pos_emb, Tensor vectors, Tensor weights, int bits, "
+    "int n_logits) -> (Tensor, Tensor)",
+    reference=_reference,
+    outputs=_outputs,
+)
+
+
+def decode_step(
+    tokens: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    packed: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    bits: int,
+    n_logits: int,
+) -> Tensor:
+    """Append R tokens to the cache and give the logits of the last n_logits of them.
+
+    The caller has checked all values: token ids, slots and positions are in range, no (slot,
+    position) comes twice, and every earlier position of a row's sequence is in the cache or in this
+    call.
+
+    Args:
+        tokens, slots, positions: [R] int64.
+        k_cache, v_cache: [L, B, H, S, d] float32 or bfloat16; written in place.
+        packed: tok_emb [V, E], pos_emb [S, E], vectors [n] float32, weights uint8; see the top of
+            this file.
+        bits: of a packed weight: 32, 16, 8 or 4.
+        n_logits: 0..R.
+
+    Returns:
+        [n_logits, V] float32.
+    """
+    return _OP(tokens, slots, positions, k_cache, v_cache, *packed, bits, n_logits)[0]
+
+
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An unwritten cache; full of NaN when tests poison memory."""
+    return poison(torch.empty(shape, dtype=dtype, device=device))
