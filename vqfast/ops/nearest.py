@@ -1,14 +1,14 @@
 """Exact nearest code: idx_n = argmin_k score(z_n, c_k), by one float64 score on every backend.
 
-    l2      score = Σ_i (z_i − c_i)²      summed in index order, each term rounded before it is added
+    l2      score = Σ_i (z_i − c_i)²      in index order, each term rounded before it is added
     cosine  the same, after both sides are divided by max(√Σ x_i², 1e-12)
     dot     score = −Σ_i z_i·c_i
 
 The lowest index wins among equal scores. A row that holds a NaN or an infinity gets index 0 and
 score NaN; a code that holds one is left out. The reference screens with a float64 matrix product
-about the median m of the codes: with a = z − m, b = c − m and g = (D + 8)·2⁻⁵², half the score and
-|a|²/2 + |b|²/2 − ⟨a, b⟩ as computed differ by less than g·(|a| + |b|)² ≤ 2g·(|a|² + |b|²). Only codes
-inside that bound of the best one are scored directly.
+about the median m of the codes: with a = z − m, b = c − m and g = (D + 8)·2⁻⁵², half the score
+and |a|²/2 + |b|²/2 − ⟨a, b⟩ as computed differ by less than g·(|a| + |b|)² ≤ 2g·(|a|² + |b|²).
+Only codes inside that bound of the best one are scored directly.
 
 Cost: N·K·D multiply-adds, reads N·D + K·D values; N×K is never held.
 Source: the definition is this project's; formula of arXiv:1711.00937 eq. 1-2.

@@ -1,0 +1,1 @@
+"""Quantizers: [B, D, h, w] latents to codes and back. One file each; names in `vqfast.nn`."""
