@@ -83,19 +83,35 @@ void pack_row_block(const Problem& x, int64_t begin, Scratch& s) {
   }
 }
 
-// p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key block.
-void weigh(Scratch& m, int d, int at, int columns) {
+// For a row whose n keys are all in the strip: makes the sum of p exactly one again, and returns delta as sum p <grad, v>.
+// It is what the early rows need, where the roundings of lse and out would be most of the error.
+float settle(float* p, const float* dots, int n) {
+  VF total{}, along{};
+  for (int j = 0; j < n; j += kLanes) total += load_n(p + j, std::min(kLanes, n - j));
+  const float sum = reduce_add(total);
+  if (sum == 0.0f) return 0.0f;  // lse = inf: a row past the end, or one with nothing to attend to
+  for (int j = 0; j < n; j += kLanes) {
+    const int width = std::min(kLanes, n - j);
+    const VF weight = load_n(p + j, width) / sum;
+    store_n(p + j, weight, width);
+    along = fma(weight, load_n(dots + j, width), along);
+  }
+  return reduce_add(along);
+}
+
+// p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key block. whole > 0: the
+// tile's first row sees that many keys, and they are all in this block.
+void weigh(Scratch& m, int d, int at, int columns, int whole) {
   float *p = m.p.data() + at * kKeyBlock, *s = m.s.data() + at * kKeyBlock;
   dot_products(m.q.data() + at * m.ld, m.ld, m.kt.data(), kKeyBlock, d, p, kKeyBlock, columns);
   dot_products(m.grad.data() + at * m.ld, m.ld, m.vt.data(), kKeyBlock, d, s, kKeyBlock, columns);
   for (int r = 0; r < kRows; ++r) {
-    const float lse = m.lse[at + r], delta = m.delta[at + r];
-    for (int j = 0; j < columns; j += kLanes) {
-      float *pj = p + r * kKeyBlock + j, *sj = s + r * kKeyBlock + j;
-      const VF weight = exp_nonpositive(load(pj) - lse);
-      store(pj, weight);
-      store(sj, weight * (load(sj) - delta));
-    }
+    float *pr = p + r * kKeyBlock, *sr = s + r * kKeyBlock;
+    for (int j = 0; j < columns; j += kLanes)
+      store(pr + j, exp_nonpositive(load(pr + j) - m.lse[at + r]));
+    const float delta = whole > 0 ? settle(pr, sr, whole + r) : m.delta[at + r];
+    for (int j = 0; j < columns; j += kLanes)
+      store(sr + j, load(pr + j) * (load(sr + j) - delta));
   }
 }
 
@@ -108,7 +124,8 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
     if (past < 0) continue;
     const bool diagonal = past < kKeyBlock;
     const int seen = diagonal ? static_cast<int>(past) : keys;
-    weigh(m, d, at, round_up(diagonal ? seen + kRows : seen, kLanes));
+    weigh(m, d, at, round_up(diagonal ? seen + kRows : seen, kLanes),
+          diagonal && key == 0 ? seen + 1 : 0);
     const float* s = m.s.data() + at * kKeyBlock;
     if (diagonal)
       product<Walk::kAlongRow, Steps::kFirst>(s, kKeyBlock, m.k.data(), m.ld, seen, dq + at * m.ld,

@@ -88,16 +88,16 @@ def _reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _outputs_backward(grad, q, k, v, out, lse, scale)
-    grad, q, k, v, out = _wide(grad, q, k, v, out)  # [B, H, T, d]
-    delta = (grad * out).sum(-1, keepdim=True)  # [B, H, T, 1]
+    grad, q, k, v = _wide(grad, q, k, v)  # [B, H, T, d]
     q_clean, k_clean = _finite(q), _finite(k)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, keys, future in _row_chunks(q):
         q_rows, up = q[:, :, rows], grad[:, :, rows]  # [B, H, rows, d]
         scores = (q_rows * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, H, rows, keys]
         weights = (scores - lse[:, :, rows, None]).exp().masked_fill(future, 0)
-        d_weights = up @ v[:, :, keys].transpose(-1, -2)
-        d_scores = (weights * (d_weights - delta[:, :, rows])).masked_fill(future, 0) * scale
+        d_weights = (up @ v[:, :, keys].transpose(-1, -2)).masked_fill(future, 0)
+        delta = (weights * d_weights).sum(-1, keepdim=True)  # = <grad, out>, [B, H, rows, 1]
+        d_scores = weights * (d_weights - delta) * scale
         dv[:, :, keys] += weights.transpose(-1, -2) @ up
         dk[:, :, keys] += d_scores.transpose(-1, -2) @ q_clean[:, :, rows]
         dq[:, :, rows] = d_scores @ k_clean[:, :, keys]
