@@ -52,11 +52,12 @@ def _reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, C = x.shape[:2]
-    u = _wide(x, x).reshape(B, groups, -1)  # [B, groups, n]
+    positions = x.shape[2:].numel()  # named, because -1 means nothing in an empty batch
+    u = _wide(x, x).reshape(B, groups, C // groups * positions)  # [B, groups, n]
     mean = u.mean(-1)  # [B, groups]
     centred = u - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()  # [B, groups]
-    u = (centred * rstd[..., None]).reshape(B, C, -1)  # [B, C, n / (C / groups)]
+    u = (centred * rstd[..., None]).reshape(B, C, positions)  # [B, C, n / (C / groups)]
     u = u * _wide(weight, x)[:, None] + _wide(bias, x)[:, None]
     y = torch.empty_like(x)
     y.copy_((u * u.sigmoid()).reshape(x.shape))
@@ -81,13 +82,14 @@ def _reference_backward(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, C = x.shape[:2]
+    rows, planes = (B, groups, x.shape[1:].numel() // groups), (B, C, x.shape[2:].numel())
     w, b = _wide(weight, x)[:, None], _wide(bias, x)[:, None]  # [C, 1]
-    x_hat = (_wide(x, x).reshape(B, groups, -1) - mean[..., None]) * rstd[..., None]  # [B, groups, n]
-    u = x_hat.reshape(B, C, -1) * w + b  # [B, C, n / (C / groups)]
+    x_hat = (_wide(x, x).reshape(rows) - mean[..., None]) * rstd[..., None]  # [B, groups, n]
+    u = x_hat.reshape(planes) * w + b  # [B, C, n / (C / groups)]
     gate = u.sigmoid()
-    du = _wide(grad, x).reshape(B, C, -1) * gate * (1 + u * (1 - gate))
-    dw, db = (du * x_hat.reshape(B, C, -1)).sum((0, 2)), du.sum((0, 2))  # [C]
-    dx_hat = (du * w).reshape(B, groups, -1)  # [B, groups, n]
+    du = _wide(grad, x).reshape(planes) * gate * (1 + u * (1 - gate))
+    dw, db = (du * x_hat.reshape(planes)).sum((0, 2)), du.sum((0, 2))  # [C]
+    dx_hat = (du * w).reshape(rows)  # [B, groups, n]
     along = (dx_hat * x_hat).mean(-1, keepdim=True)
     dx = rstd[..., None] * (dx_hat - dx_hat.mean(-1, keepdim=True) - x_hat * along)
     grads = _outputs_backward(grad, x, weight, bias, mean, rstd, groups)
