@@ -1,55 +1,61 @@
-"""Quantizer whose codebook is a moving average of the latents that chose it, with dead-code revival.
+"""Quantizer whose codebook follows the moving average of its latents; dead codes come back.
 
-    n_k ← γ n_k + (1 − γ) · count_k,      m_k ← γ m_k + (1 − γ) · Σ z that chose k
-    c_k = m_k / ñ_k,                       ñ_k = (n_k + ε) / (Σn + Kε) · Σn      (Laplace smoothing)
-    loss = β · mean |z − sg(c)|²
+    n_k ← γ n_k + (1 − γ)·count_k        s_k ← γ s_k + (1 − γ)·Σ_{idx = k} z
+    c_k = s_k / ñ_k,    ñ_k = (n_k + eps) / (Σn + K·eps) · Σn
+    loss = beta · mean((sg(c_idx) − z)²)
 
-A code whose n_k falls below a part of the mean is moved onto a latent of the batch.
+The codebook is a buffer: no optimizer sees it. Statistics are summed over all ranks, so every rank
+holds the same codebook. The first batch of training gives the first codes: from N(0, 1) most codes
+would never be chosen. A code whose n_k falls under `dead_code_threshold` times the mean is set to a
+random latent of the batch (of rank 0), with the mean as its count.
 
-Source: arXiv:1711.00937 appendix A.1; arXiv:2005.00341 section 3.1 (revival). taming's class of this
-name never ran: it uses names that do not exist.
+Source: arXiv:1711.00937 appendix A.1; arXiv:2005.00341 section 3.1 (random restarts). taming's
+class of this name never ran: it uses names that do not exist.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.nn.quantizers._remap import Remapping
+from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity, wide
 from vqfast.ops import code_stats, nearest, quantize
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class _Codebook(nn.Module):
-    """weight [K, D], trained without gradient; cluster_size [K] n_k; embed_avg [K, D] m_k."""
+    """Buffers under taming's names: weight [n, dim], cluster_size [n], embed_avg [n, dim]."""
 
-    def __init__(self, K: int, D: int) -> None:
+    def __init__(self, n: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(K, D), requires_grad=False)
-        # one each: codes that are never chosen keep their place while both sides decay
-        self.register_buffer("cluster_size", torch.ones(K))
-        self.register_buffer("embed_avg", self.weight.detach().clone())
+        self.register_buffer("weight", torch.randn(n, dim))
+        # all counts zero: no batch has been seen
+        self.register_buffer("cluster_size", torch.zeros(n))
+        self.register_buffer("embed_avg", self.weight.clone())
 
 
-class EMAVectorQuantizer(Remapping):
-    """taming's EMAVectorQuantizer as it was meant.
-
-    State dict: embedding.{weight, cluster_size, embed_avg}; weights start as N(0, 1). The codebook
-    moves in training mode only, and never towards a batch that is not finite. With several processes
-    counts and sums are added up, so all hold the same codebook.
+class EMAVectorQuantizer(Quantizer):
+    """z [B, D, h, w] -> its nearest codes; the codebook moves in `forward` in training mode.
 
     Args:
-        n_embed: codes K. embedding_dim: their dimension D.
-        beta: weight of the commitment loss, the only one.
-        decay: γ in [0, 1).
-        eps: ε > 0.
-        remap, unknown_index: see `Remapping`.
-        dead_code_threshold: part of the mean n_k below which a code is revived; 0: never. The latents
-            are drawn from torch's global CPU generator.
+        n_embed: number of codes.
+        embedding_dim: their dimension D.
+        beta: weight of the commitment loss.
+        decay: γ of the moving averages, in [0, 1).
+        eps: of the Laplace smoothing of the counts, > 0.
+        remap, unknown_index: as `Quantizer`.
+        dead_code_threshold: a code is revived when its count falls under this share of the mean
+            count; 0 never. With decay 0.99 and 0.01 that is after some 460 steps without use.
+        sane_index_shape: indices come as [B, h, w]; else flat, [B·h·w].
+
+    State: `embedding.weight`, `embedding.cluster_size`, `embedding.embed_avg`, in float32 always.
+    Each call of `forward` in training mode is one update; latents that are not finite take no part.
+    The random choices come from torch's global generator of the CPU.
     """
 
     def __init__(
@@ -59,84 +65,112 @@ class EMAVectorQuantizer(Remapping):
         beta: float,
         decay: float = 0.99,
         eps: float = 1e-5,
-        remap: str | Path | Sequence[int] | None = None,
+        remap: str | Path | Sequence[int] | Tensor | None = None,
         unknown_index: str | int = "random",
-        *,
         dead_code_threshold: float = 0.01,
+        sane_index_shape: bool = False,
     ) -> None:
-        super().__init__(_check.integer("n_embed", n_embed, low=1), remap, unknown_index)
-        self.num_tokens = n_embed
-        self.codebook_dim = _check.integer("embedding_dim", embedding_dim, low=1)
-        self.beta = _check.number("beta", beta, low=0)
-        self.decay = _check.number("decay", decay, low=0, high=1, high_open=True)
-        self.eps = _check.number("eps", eps, low=0, low_open=True)
-        self.dead_code_threshold = _check.number("dead_code_threshold", dead_code_threshold, low=0)
+        super().__init__(n_embed, embedding_dim, remap, unknown_index)
+        self.beta = _check.number("beta", beta, low=0.0)
+        self.decay = _check.number("decay", decay, low=0.0, high=1.0, high_open=True)
+        self.eps = _check.number("eps", eps, low=0.0, low_open=True)
+        self.dead_code_threshold = _check.number(
+            "dead_code_threshold", dead_code_threshold, low=0.0
+        )
+        self.sane_index_shape = sane_index_shape
         self.embedding = _Codebook(n_embed, embedding_dim)
 
-    def _rows(self, z: Tensor) -> Tensor:
-        """z [B, D, h, w] -> [B, h, w, D]."""
-        _check.floating("z", z)
-        _check.ndim("z", z, 4)
-        if z.shape[1] != self.codebook_dim:
-            raise ValueError(f"z must be [B, {self.codebook_dim}, h, w], got {list(z.shape)}")
-        return z.movedim(1, -1)
+    def _apply(self, fn: Callable, recurse: bool = True) -> "EMAVectorQuantizer":
+        # .half() and .bfloat16() leave the averages in float32: (1 − decay)·count would vanish
+        kept = dict(self.embedding.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, moved in self.embedding.named_buffers(recurse=False):
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self.embedding, name, kept[name].to(moved.device))
+        return self
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """z [B, D, h, w] -> z_q like z, loss [], (None, None, indices [B·h·w])."""
-        rows = self._rows(z)
-        # the codebook gets no gradient, so the loss of its own term must not count
-        out = quantize(rows, self.embedding.weight.detach(), beta=1.0)
-        loss = out.loss * (self.beta / 2)
-        indices = out.indices.reshape(-1)
-        if self.training and indices.numel():
-            self._update(rows.detach().reshape(-1, self.codebook_dim), indices)
-        if self.remap is not None:
-            indices = self.remap_to_used(indices, self.num_tokens)
-        return out.z_q.movedim(-1, 1), loss, (None, None, indices)
+    def codebook(self) -> Tensor:
+        return wide(self.embedding.weight)
 
-    @torch.no_grad()
-    def _update(self, z: Tensor, indices: Tensor) -> None:
-        """One step of the averages from z [N, D] and indices [N]."""
-        book, K = self.embedding, self.num_tokens
-        counts, sums = code_stats(indices, z, K)
-        new = torch.cat([counts[:, None].to(sums.dtype), sums], dim=1)  # [K, 1 + D]
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed:
-            torch.distributed.all_reduce(new)
-        old = torch.cat([book.cluster_size[:, None], book.embed_avg], dim=1).to(new.dtype)
-        # a batch that is not finite moves nothing, without asking the device
-        moved = torch.where(new.isfinite().all(), old.lerp(new, 1 - self.decay), old)
-        if self.dead_code_threshold:
-            moved = self._revive(moved, z, distributed)
-        n = moved[:, 0]
-        smoothed = (n + self.eps) / (n.sum() + K * self.eps) * n.sum()
-        book.cluster_size.copy_(n)
-        book.embed_avg.copy_(moved[:, 1:])
-        book.weight.copy_(moved[:, 1:] / smoothed[:, None])
-
-    def _revive(self, state: Tensor, z: Tensor, distributed: bool) -> Tensor:
-        """state [K, 1 + D] with dead codes moved onto latents of z [N, D], at the mean count."""
-        K, mean = self.num_tokens, state[:, 0].mean()
-        dead = state[:, 0] < self.dead_code_threshold * mean
-        order = torch.randperm(len(z))[torch.arange(K) % len(z)].to(z.device)
-        rows = z[order].to(state.dtype)  # [K, D]; no latent twice while there are enough
-        if distributed:
-            torch.distributed.broadcast(rows, src=0)
-        usable = dead & rows.isfinite().all(1)
-        fresh = torch.cat([mean.expand(K, 1), rows * mean], dim=1)
-        return torch.where(usable[:, None], fresh, state)
-
-    @torch.no_grad()
     def codes(self, z: Tensor) -> Tensor:
-        """z [B, D, h, w] -> indices [B, h, w] int64; nothing is updated."""
-        indices = nearest(self._rows(z), self.embedding.weight)
-        return indices if self.remap is None else self.remap_to_used(indices, self.num_tokens)
+        """z [B, D, h, w] -> indices [B, h, w] int64, without gradient and without an update."""
+        indices = nearest(channels_last(self._latents(z)), self.codebook())
+        return indices if self.remap is None else self.remap_to_used(indices)
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None
-    ) -> Tensor:
-        """indices of B·h·w codes and shape (B, h, w, D) -> [B, D, h, w]; without shape [..., D]."""
-        if self.remap is not None:
-            indices = self.unmap_to_all(indices)
-        z_q = self.embedding.weight[indices]
-        return z_q if shape is None else z_q.view(shape).movedim(-1, 1)
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """
+        Returns:
+            z_q [B, D, h, w] like z, from the codebook before this update; loss [];
+            (perplexity [], None, indices int64).
+
+        Raises:
+            TypeError, ValueError: z is not [B, embedding_dim, h, w] floating point.
+        """
+        rows = channels_last(self._latents(z))  # [B, h, w, D]
+        flat = rows.detach().reshape(-1, self.e_dim)
+        healthy = flat.isfinite().all(1)
+        if self.training:
+            self._first_codes(flat[healthy])
+        with torch.autocast(z.device.type, enabled=False):
+            # legacy with beta 0 is the commitment term alone
+            q = quantize(rows, self.codebook(), beta=0.0, legacy=True)
+            if self.training:
+                self._update(flat[healthy], q.indices.reshape(-1)[healthy])
+        indices = q.indices if self.remap is None else self.remap_to_used(q.indices)
+        if not self.sane_index_shape:
+            indices = indices.reshape(-1)
+        info = (perplexity(q.indices, self.n_e), None, indices)
+        return q.z_q.movedim(-1, 1).to(z.dtype), self.beta * q.loss, info
+
+    def _samples(self, flat: Tensor, n: int) -> Tensor | None:
+        """n random rows of flat [rows, D], none twice while there are enough; rank 0's on all ranks.
+
+        None when there are no rows.
+        """
+        packed = flat.new_zeros(n, self.e_dim + 1, dtype=torch.float32)  # rows, and 1 if they exist
+        if len(flat):
+            order = torch.randperm(len(flat))[torch.arange(n) % len(flat)]
+            packed[:, :-1], packed[:, -1] = flat[order.to(flat.device)], 1.0
+        if _distributed():
+            torch.distributed.broadcast(packed, src=0)
+        return packed[:, :-1] if bool(packed[0, -1]) else None
+
+    @torch.no_grad()
+    def _first_codes(self, flat: Tensor) -> None:
+        book = self.embedding
+        if bool(book.cluster_size.any()):
+            return
+        rows = self._samples(flat, self.n_e)
+        if rows is not None:
+            book.weight.copy_(rows)
+            book.embed_avg.copy_(rows)
+            book.cluster_size.fill_(1.0)
+
+    @torch.no_grad()
+    def _update(self, flat: Tensor, indices: Tensor) -> None:
+        """flat [rows, D] finite, indices [rows]: one step of the averages."""
+        book = self.embedding
+        counts, sums = code_stats(indices, flat, self.n_e)
+        packed = torch.cat([sums.float(), counts[:, None].float()], dim=1)  # [K, D + 1]
+        if _distributed():
+            torch.distributed.all_reduce(packed)
+        if not bool(packed[:, -1].any()):  # no rows on any rank
+            return
+        book.cluster_size.lerp_(packed[:, -1].to(book.weight.dtype), 1.0 - self.decay)
+        book.embed_avg.lerp_(packed[:, :-1].to(book.weight.dtype), 1.0 - self.decay)
+        total = book.cluster_size.sum()
+        smooth = (book.cluster_size + self.eps) / (total + self.n_e * self.eps) * total
+        book.weight.copy_(book.embed_avg / smooth[:, None])
+        self._revive(flat, total / self.n_e)
+
+    def _revive(self, flat: Tensor, mean: Tensor) -> None:
+        book = self.embedding
+        # equal on all ranks, so all take the same branch
+        dead = (book.cluster_size < self.dead_code_threshold * mean).nonzero()[:, 0]
+        rows = self._samples(flat, len(dead)) if len(dead) else None
+        if rows is None:
+            return
+        rows = rows.to(book.weight.dtype)
+        book.weight[dead] = rows
+        book.embed_avg[dead] = rows * mean
+        book.cluster_size[dead] = mean

@@ -3,8 +3,8 @@
     logits = proj(z);   y = softmax((logits + Gumbel noise) / temperature);   z_q = y · embed
     loss = kl_weight · mean over positions of Σ_k p_k log(n p_k),   p = softmax(logits)
 
-Noise is drawn in training mode alone. In evaluation mode the codes are the argmax of the logits; taming
-draws noise there too, so that it encodes one image differently each time.
+Noise is drawn in training mode alone. In evaluation mode the codes are the argmax of the logits;
+taming draws noise there too, so that it encodes one image differently each time.
 
 Source: arXiv:1611.01144; CompVis/taming-transformers taming/modules/vqvae/quantize.py.
 """
@@ -32,8 +32,8 @@ class GumbelQuantizer(Quantizer):
         straight_through: in training, z_q is one code (gradient of the soft mixture); else the
             mixture itself.
         kl_weight: weight of the KL divergence to the uniform distribution.
-        temp_init: first temperature; the attribute `temperature` may be changed between steps and is
-            not part of the state.
+        temp_init: first temperature; the attribute `temperature` may be changed between steps and
+            is not part of the state.
         use_vqinterface: return the triple of `VectorQuantizer`; else (z_q, loss, indices).
         remap, unknown_index: as `Quantizer`; only the kept codes are ever chosen.
 

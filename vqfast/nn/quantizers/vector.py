@@ -70,15 +70,16 @@ class VectorQuantizer(Quantizer):
         """
         Args:
             z: [B, D, h, w].
-            temp, rescale_logits, return_logits: for callers that also drive a Gumbel quantizer; must
-                be None (or 1.0), False and False.
+            temp, rescale_logits, return_logits: for callers that also drive a Gumbel quantizer;
+                must be None (or 1.0), False and False.
 
         Returns:
             z_q [B, D, h, w] like z; loss []; (perplexity [], None, indices int64). The perplexity
             counts the codes before `remap`.
 
         Raises:
-            TypeError, ValueError: z is not [B, e_dim, h, w] floating point; a Gumbel argument is set.
+            TypeError, ValueError: z is not [B, e_dim, h, w] floating point, or a Gumbel argument is
+                set.
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError("temp, rescale_logits and return_logits are for GumbelQuantizer only")
