@@ -55,6 +55,7 @@ def _reference(
     positions = x.shape[2:].numel()  # named, because -1 means nothing in an empty batch
     u = _wide(x, x).reshape(B, groups, C // groups * positions)  # [B, groups, n]
     mean = u.mean(-1)  # [B, groups]
+    mean = mean + (u - mean[..., None]).mean(-1)  # what rounding left of a large offset
     centred = u - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()  # [B, groups]
     u = (centred * rstd[..., None]).reshape(B, C, positions)  # [B, C, n / (C / groups)]

@@ -1,0 +1,400 @@
+// Computes: y = u * sigmoid(u), u = w_c * (x - mean_g) * rstd_g + b_c, over groups of C / G channels and all positions of
+//   x [B, C, *S]; rstd = 1 / sqrt(var + eps), biased. Backward: dx, dw, db from grad, x and the saved mean and rstd:
+//   du = grad * sigmoid(u) * (1 + u * (1 - sigmoid(u))), dx = rstd * (w du - mean(w du) - xhat * mean(w du xhat)).
+// Contract: x contiguous or channels-last (x[b][position][channel]); y, grad and dx lie as x does. w and b may have another
+//   type than x. mean and rstd [B, G] float32. NaN and infinities spread over their own group only.
+// Numerics: moments are taken about the mean of a block, from float32 differences to an element of the block, and blocks are
+//   merged in float64 (Chan): a large offset costs no digits. Sums of the backward pass: float32 per block, float64
+//   between blocks. Apart from that float32, rounded once to the output type.
+// Shape of the code: contiguous, a unit of work is a (sample, group): its values are read for the moments, then again (from
+//   cache where a group fits) for y. Channels-last, a unit is a run of positions of all channels, with one accumulator
+//   per channel in L1; the runs' moments are merged in order between two parallel passes. What a unit is depends on the
+//   shape alone: equal bits for any number of threads.
+// Ladder: none measured yet.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernel.h"
+#include "parallel.h"
+
+#ifndef VQFAST_ISA
+namespace vqfast::group_norm {
+
+// x as [B][C][S] or [B][S][C]
+struct Shape {
+  int64_t B, C, S, G;
+  bool last;  // channels last
+  int64_t per() const { return C / G; }
+  int64_t count() const { return per() * S; }
+};
+
+inline bool lies_as(const View& x, bool last) {
+  int64_t expected = 1;
+  const auto dense = [&](int i) {
+    const bool right = x.shape[i] == 1 || x.stride[i] == expected;
+    expected *= x.shape[i];
+    return right;
+  };
+  bool right = !last || dense(1);
+  for (int i = x.ndim - 1; i >= 2; --i) right = dense(i) && right;
+  if (!last) right = dense(1) && right;
+  return dense(0) && right;
+}
+
+inline Shape shape_of(const View& x, int64_t groups) {
+  int64_t positions = 1;
+  for (int i = 2; i < x.ndim; ++i) positions *= x.shape[i];
+  return {x.shape[0], x.shape[1], positions, groups, !lies_as(x, false)};
+}
+
+namespace {
+const char* layout_refusal(const View& x) {
+  if (x.numel() == 0) return "nothing to normalise";
+  return lies_as(x, false) || lies_as(x, true) ? nullptr : "neither contiguous nor channels-last";
+}
+const char* forward_refusal(const Args& a) { return layout_refusal(a.t[0]); }
+const char* backward_refusal(const Args& a) {
+  const View &grad = a.t[0], &x = a.t[1];
+  if (grad.dtype != x.dtype) return "grad and x differ in dtype";
+  if (const char* why = layout_refusal(x)) return why;
+  return lies_as(grad, !lies_as(x, false)) ? nullptr : "grad does not lie as x does";
+}
+}  // namespace
+REFUSES(group_norm_silu, forward_refusal)
+REFUSES(group_norm_silu_backward, backward_refusal)
+
+}  // namespace vqfast::group_norm
+#endif
+
+#define VQFAST_THIS_FILE "cpu/group_norm_silu.cpp"
+#include "foreach_isa.h"
+#include "simd.h"
+
+namespace vqfast::VQFAST_ISA {
+namespace {
+
+using group_norm::Shape;
+
+constexpr int64_t kBlock = 4096;       // values summed in float32 before float64 takes over
+constexpr int64_t kRunValues = 1 << 16;  // values of a channels-last run
+
+VQFAST_INLINE VI lanes_below(int n) {
+  VI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < n;
+}
+VQFAST_INLINE VF sigmoid(VF u) { return 1.0f / (1.0f + vexp(-u)); }
+
+// f(offset, width) for whole vectors and then the rest of [0, n)
+template <class F>
+VQFAST_INLINE void vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+struct Moments {
+  double n = 0, mean = 0, m2 = 0;
+  void merge(double other_n, double other_mean, double other_m2) {
+    const double total = n + other_n, gap = other_mean - mean;
+    mean += gap * (other_n / total);
+    m2 += other_m2 + gap * gap * (n * other_n / total);
+    n = total;
+  }
+};
+
+std::vector<float> widen(const View& v) {
+  std::vector<float> out(v.numel());
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (v.dtype == DType::f32) out[i] = v.as<float>()[i];
+    if (v.dtype == DType::f16) out[i] = to_float(v.as<f16>()[i]);
+    if (v.dtype == DType::bf16) out[i] = to_float(v.as<bf16>()[i]);
+  }
+  return out;
+}
+
+void narrow(const std::vector<double>& from, const View& v) {
+  for (size_t i = 0; i < from.size(); ++i) {
+    const float x = static_cast<float>(from[i]);
+    if (v.dtype == DType::f32) v.as<float>()[i] = x;
+    if (v.dtype == DType::f16) v.as<f16>()[i] = from_float<f16>(x);
+    if (v.dtype == DType::bf16) v.as<bf16>()[i] = from_float<bf16>(x);
+  }
+}
+
+// What one value needs; vectors of equal entries (contiguous) or one entry per channel (channels last).
+struct Affine {
+  VF mean, rstd, w, b;
+};
+struct Slope {
+  VF x_hat, du;
+};
+VQFAST_INLINE Slope slope(VF x, VF grad, const Affine& p) {
+  const VF x_hat = (x - p.mean) * p.rstd, u = fma(x_hat, p.w, p.b), gate = sigmoid(u);
+  return {x_hat, grad * gate * fma(u, 1.0f - gate, broadcast(1.0f))};
+}
+VQFAST_INLINE VF activate(VF x, const Affine& p) {
+  const VF u = fma((x - p.mean) * p.rstd, p.w, p.b);
+  return u / (1.0f + vexp(-u));
+}
+
+// ---- contiguous -------------------------------------------------------------------------------------------------------
+
+template <class T>
+void add_block(const T* x, int64_t n, Moments& into) {
+  const float first = to_float(x[0]);
+  VF sum{};
+  vectors(n, [&](int64_t i, int width) { sum += load_n(x + i, width, first) - first; });
+  const float mean = reduce_add(sum) / static_cast<float>(n);
+  VF square{};
+  vectors(n, [&](int64_t i, int width) {
+    VF gap = load_n(x + i, width) - first - mean;
+    if (width < kLanes) gap = lanes_below(width) ? gap : VF{};
+    square = fma(gap, gap, square);
+  });
+  into.merge(static_cast<double>(n), static_cast<double>(first) + mean, reduce_add(square));
+}
+
+template <class T>
+void forward_contiguous(const Args& a, const Shape& s, const std::vector<float>& w,
+                        const std::vector<float>& b, double eps) {
+  float *mean = a.t[4].as<float>(), *rstd = a.t[5].as<float>();
+  parallel_for(a.threads, s.B * s.G, 1, [&](int64_t from, int64_t to) {
+    for (int64_t unit = from; unit < to; ++unit) {
+      const T* x = a.t[0].as<T>() + unit * s.count();
+      T* y = a.t[3].as<T>() + unit * s.count();
+      Moments m;
+      for (int64_t i = 0; i < s.count(); i += kBlock)
+        add_block(x + i, std::min(kBlock, s.count() - i), m);
+      mean[unit] = static_cast<float>(m.mean);
+      rstd[unit] = static_cast<float>(1.0 / std::sqrt(m.m2 / m.n + eps));
+      for (int64_t j = 0; j < s.per(); ++j) {
+        const int64_t c = unit % s.G * s.per() + j;
+        const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]), broadcast(b[c])};
+        vectors(s.S, [&](int64_t i, int width) {
+          store_n(y + j * s.S + i, activate(load_n(x + j * s.S + i, width), p), width);
+        });
+      }
+    }
+  });
+}
+
+// sums of du and du * xhat of each (sample, channel) into db and dw; then dx
+template <class T>
+void backward_contiguous(const Args& a, const Shape& s, const std::vector<float>& w,
+                         const std::vector<float>& b, double* dw, double* db) {
+  const float *mean = a.t[4].as<float>(), *rstd = a.t[5].as<float>();
+  parallel_for(a.threads, s.B * s.G, 1, [&](int64_t from, int64_t to) {
+    for (int64_t unit = from; unit < to; ++unit) {
+      double plain = 0, along = 0;
+      for (int pass = 0; pass < 2; ++pass) {
+        const VF c1 = broadcast(static_cast<float>(plain / s.count()));
+        const VF c2 = broadcast(static_cast<float>(along / s.count()));
+        for (int64_t j = 0; j < s.per(); ++j) {
+          const int64_t c = unit % s.G * s.per() + j, at = unit * s.per() + j;  // at = b * C + c
+          const T *grad = a.t[0].as<T>() + at * s.S, *x = a.t[1].as<T>() + at * s.S;
+          T* dx = a.t[6].as<T>() + at * s.S;
+          const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]), broadcast(b[c])};
+          if (pass == 1) {
+            vectors(s.S, [&](int64_t i, int width) {
+              const Slope g = slope(load_n(x + i, width), load_n(grad + i, width), p);
+              store_n(dx + i, p.rstd * (p.w * g.du - c1 - g.x_hat * c2), width);
+            });
+            continue;
+          }
+          for (int64_t begin = 0; begin < s.S; begin += kBlock) {
+            VF du{}, du_x{};
+            vectors(std::min(kBlock, s.S - begin), [&](int64_t i, int width) {
+              // lanes past the end have grad = 0
+              const Slope g = slope(load_n(x + begin + i, width, mean[unit]),
+                                    load_n(grad + begin + i, width), p);
+              du += g.du;
+              du_x = fma(g.du, g.x_hat, du_x);
+            });
+            db[at] += reduce_add(du);
+            dw[at] += reduce_add(du_x);
+          }
+          plain += w[c] * db[at];
+          along += w[c] * dw[at];
+        }
+      }
+    }
+  });
+}
+
+// ---- channels last ----------------------------------------------------------------------------------------------------
+
+// Positions per run and runs per sample.
+struct Runs {
+  int64_t size, count;
+  explicit Runs(const Shape& s)
+      : size(std::max<int64_t>(1, kRunValues / s.C)), count((s.S + size - 1) / size) {}
+};
+
+// f(sample, run, first value, positions) for every run
+template <class F>
+void each_run(int threads, const Shape& s, const Runs& runs, F&& f) {
+  parallel_for(threads, s.B * runs.count, 1, [&](int64_t from, int64_t to) {
+    for (int64_t unit = from; unit < to; ++unit) {
+      const int64_t sample = unit / runs.count, run = unit % runs.count;
+      f(sample, run, (sample * s.S + run * runs.size) * s.C,
+        std::min(runs.size, s.S - run * runs.size));
+    }
+  });
+}
+
+// moments [G] of one run of `rows` positions
+template <class T>
+void run_moments(const T* x, int64_t rows, const Shape& s, Moments* moments) {
+  std::vector<float> shift(s.C), mean(s.C), square(s.C);
+  for (int64_t c = 0; c < s.C; ++c) shift[c] = to_float(x[c]);
+  for (int64_t r = 0; r < rows; ++r)
+    vectors(s.C, [&](int64_t c, int width) {
+      const VF gap = load_n(x + r * s.C + c, width) - load_n(&shift[c], width);
+      store_n(&mean[c], load_n(&mean[c], width) + gap, width);
+    });
+  for (int64_t c = 0; c < s.C; ++c) mean[c] /= static_cast<float>(rows);
+  for (int64_t r = 0; r < rows; ++r)
+    vectors(s.C, [&](int64_t c, int width) {
+      const VF gap =
+          load_n(x + r * s.C + c, width) - load_n(&shift[c], width) - load_n(&mean[c], width);
+      store_n(&square[c], fma(gap, gap, load_n(&square[c], width)), width);
+    });
+  for (int64_t c = 0; c < s.C; ++c)
+    moments[c / s.per()].merge(static_cast<double>(rows), static_cast<double>(shift[c]) + mean[c],
+                               square[c]);
+}
+
+// One value per channel of what the groups of a sample share.
+std::vector<float> spread(const float* of_group, const Shape& s) {
+  std::vector<float> out(s.C);
+  for (int64_t c = 0; c < s.C; ++c) out[c] = of_group[c / s.per()];
+  return out;
+}
+
+template <class T>
+void forward_last(const Args& a, const Shape& s, const std::vector<float>& w,
+                  const std::vector<float>& b, double eps) {
+  const T* x = a.t[0].as<T>();
+  T* y = a.t[3].as<T>();
+  float *mean = a.t[4].as<float>(), *rstd = a.t[5].as<float>();
+  const Runs runs(s);
+  std::vector<Moments> parts(s.B * runs.count * s.G);
+  each_run(a.threads, s, runs, [&](int64_t sample, int64_t run, int64_t at, int64_t rows) {
+    run_moments(x + at, rows, s, &parts[(sample * runs.count + run) * s.G]);
+  });
+  for (int64_t i = 0; i < s.B * s.G; ++i) {
+    Moments m;
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const Moments& part = parts[(i / s.G * runs.count + run) * s.G + i % s.G];
+      m.merge(part.n, part.mean, part.m2);
+    }
+    mean[i] = static_cast<float>(m.mean);
+    rstd[i] = static_cast<float>(1.0 / std::sqrt(m.m2 / m.n + eps));
+  }
+  each_run(a.threads, s, runs, [&](int64_t sample, int64_t, int64_t at, int64_t rows) {
+    const auto mu = spread(mean + sample * s.G, s), sigma = spread(rstd + sample * s.G, s);
+    for (int64_t r = 0; r < rows; ++r)
+      vectors(s.C, [&](int64_t c, int width) {
+        const Affine p{load_n(&mu[c], width), load_n(&sigma[c], width), load_n(&w[c], width),
+                       load_n(&b[c], width)};
+        const int64_t i = at + r * s.C + c;
+        store_n(y + i, activate(load_n(x + i, width), p), width);
+      });
+  });
+}
+
+template <class T>
+void backward_last(const Args& a, const Shape& s, const std::vector<float>& w,
+                   const std::vector<float>& b, double* dw, double* db) {
+  const T *grad = a.t[0].as<T>(), *x = a.t[1].as<T>();
+  T* dx = a.t[6].as<T>();
+  const float *mean = a.t[4].as<float>(), *rstd = a.t[5].as<float>();
+  const Runs runs(s);
+  // calls f(value, channel, width, parameters, slope) for each vector of a run
+  const auto slopes = [&](int64_t sample, int64_t at, int64_t rows, auto&& f) {
+    const auto mu = spread(mean + sample * s.G, s), sigma = spread(rstd + sample * s.G, s);
+    for (int64_t r = 0; r < rows; ++r)
+      vectors(s.C, [&](int64_t c, int width) {
+        const Affine p{load_n(&mu[c], width), load_n(&sigma[c], width), load_n(&w[c], width),
+                       load_n(&b[c], width)};
+        const int64_t i = at + r * s.C + c;
+        f(i, c, width, p, slope(load_n(x + i, width), load_n(grad + i, width), p));
+      });
+  };
+  std::vector<float> parts(s.B * runs.count * 2 * s.C);  // sums of du, then of du * xhat
+  each_run(a.threads, s, runs, [&](int64_t sample, int64_t run, int64_t at, int64_t rows) {
+    float *du = &parts[(sample * runs.count + run) * 2 * s.C], *du_x = du + s.C;
+    slopes(sample, at, rows, [&](int64_t, int64_t c, int width, const Affine&, const Slope& g) {
+      store_n(du + c, load_n(du + c, width) + g.du, width);
+      store_n(du_x + c, fma(g.du, g.x_hat, load_n(du_x + c, width)), width);
+    });
+  });
+  std::vector<double> plain(s.B * s.G), along(s.B * s.G);
+  for (int64_t i = 0; i < s.B * s.C; ++i) {
+    const int64_t sample = i / s.C, c = i % s.C, g = sample * s.G + c / s.per();
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const float* part = &parts[(sample * runs.count + run) * 2 * s.C];
+      db[i] += part[c];
+      dw[i] += part[s.C + c];
+    }
+    plain[g] += w[c] * db[i] / s.count();
+    along[g] += w[c] * dw[i] / s.count();
+  }
+  const std::vector<float> c1(plain.begin(), plain.end()), c2(along.begin(), along.end());
+  each_run(a.threads, s, runs, [&](int64_t sample, int64_t, int64_t at, int64_t rows) {
+    const auto k1 = spread(&c1[sample * s.G], s), k2 = spread(&c2[sample * s.G], s);
+    slopes(sample, at, rows, [&](int64_t i, int64_t c, int width, const Affine& p, const Slope& g) {
+      const VF centred = p.w * g.du - load_n(&k1[c], width) - g.x_hat * load_n(&k2[c], width);
+      store_n(dx + i, p.rstd * centred, width);
+    });
+  });
+}
+
+// ---- entry points -----------------------------------------------------------------------------------------------------
+
+template <class T>
+void forward(const Args& a) {
+  const Shape s = group_norm::shape_of(a.t[0], a.s[0].i);
+  const auto w = widen(a.t[1]), b = widen(a.t[2]);
+  (s.last ? forward_last<T> : forward_contiguous<T>)(a, s, w, b, a.s[1].f);
+}
+
+template <class T>
+void backward(const Args& a) {
+  const Shape s = group_norm::shape_of(a.t[1], a.s[0].i);
+  const auto w = widen(a.t[2]), b = widen(a.t[3]);
+  std::vector<double> dw(s.B * s.C), db(s.B * s.C);
+  (s.last ? backward_last<T> : backward_contiguous<T>)(a, s, w, b, dw.data(), db.data());
+  for (int64_t i = s.C; i < s.B * s.C; ++i) {
+    dw[i % s.C] += dw[i];
+    db[i % s.C] += db[i];
+  }
+  dw.resize(s.C);
+  db.resize(s.C);
+  narrow(dw, a.t[7]);
+  narrow(db, a.t[8]);
+}
+
+void run(const Args& a) {
+  if (a.t[0].dtype == DType::f32) forward<float>(a);
+  if (a.t[0].dtype == DType::f16) forward<f16>(a);
+  if (a.t[0].dtype == DType::bf16) forward<bf16>(a);
+}
+
+void run_backward(const Args& a) {
+  if (a.t[0].dtype == DType::f32) backward<float>(a);
+  if (a.t[0].dtype == DType::f16) backward<f16>(a);
+  if (a.t[0].dtype == DType::bf16) backward<bf16>(a);
+}
+
+}  // namespace
+
+KERNEL(group_norm_silu, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 -> f32|f16|bf16 f32 f32", run)
+KERNEL(group_norm_silu_backward,
+       "f32|f16|bf16~ f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 f32 f32 -> f32|f16|bf16 f32|f16|bf16 "
+       "f32|f16|bf16",
+       run_backward)
+
+}  // namespace vqfast::VQFAST_ISA
