@@ -1,0 +1,364 @@
+"""Pipeline: tokenizer, transformer and conditioning; from a class or a picture to images.
+
+    classes -> condition tokens -> Engine.generate -> codes [n, h, w] -> tokenizer.decode -> images
+
+Image i of a request is a function of (seed, i) and of its condition alone: codes come from an
+engine in which no row sees its batch, and images are decoded one at a time, so that neither
+depends on the batch size.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqfast import _check, checkpoints
+from vqfast.checkpoints import native
+from vqfast.engine import Engine
+from vqfast.errors import CheckpointError
+from vqfast.images import Image, to_pil
+from vqfast.models import conditioning as conditions
+from vqfast.models.gpt import GPT, GPTConfig
+from vqfast.models.vqgan import VQGAN
+from vqfast.ops.sample_logits import check_options
+
+__all__ = ["Pipeline"]
+
+_PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
+
+
+class Pipeline:
+    """A model that draws images.
+
+    Args:
+        tokenizer: VQGAN; its codes are tokens 0..n_codes - 1 of the transformer.
+        transformer: GPT over [condition ; codes in raster order].
+        conditioning: what `models.conditioning.build` gives.
+        metadata: plain JSON values that are kept in a saved model.
+
+    Raises:
+        TypeError: a part of the wrong kind. ValueError: the transformer's vocabulary has no room
+            for the codes or the classes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VQGAN,
+        transformer: GPT,
+        conditioning: nn.Module,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        for name, part, kind in (
+            ("tokenizer", tokenizer, VQGAN),
+            ("transformer", transformer, GPT),
+            ("conditioning", conditioning, nn.Module),
+        ):
+            if not isinstance(part, kind):
+                raise TypeError(
+                    f"{name} must be a vqfast {kind.__name__}, got {type(part).__name__}"
+                )
+        self.tokenizer, self.transformer = tokenizer.eval(), transformer.eval()
+        self.conditioning = conditioning.eval()
+        self.metadata = dict(metadata or {})
+        said, V = conditioning.to_dict(), transformer.config.vocab_size
+        highest = {
+            "codes": tokenizer.n_codes - 1,
+            "classes": max(said.get("n_classes", 1) - 1, said.get("null_class") or 0),
+            "start token": said.get("sos_token", 0),
+        }
+        for what, token in highest.items():
+            if token >= V:
+                raise ValueError(
+                    f"transformer must have vocab_size > {token} to match the {what}, got {V}"
+                )
+        self._engine: tuple[Any, Engine] | None = None
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, config: str | Path | Mapping[str, Any] | None = None
+    ) -> "Pipeline":
+        """A pipeline from a native folder, a taming stage-2 checkpoint, or another known format.
+
+        Args:
+            path: file or folder; the format is found by content.
+            config: for formats that keep it elsewhere: a YAML file or a mapping.
+
+        Returns:
+            The pipeline in eval mode, float32, on the CPU. Global random state is left alone.
+
+        Raises:
+            CheckpointError: unreadable, unsafe or damaged file, one that holds no pipeline, or keys
+                and shapes that do not fit; the text lists them.
+        """
+        ckpt = checkpoints.read(path, config, expect="pipeline")
+        parts: dict[str, dict[str, Tensor]] = {
+            "tokenizer": {},
+            "transformer": {},
+            "conditioning": {},
+        }
+        strange = []
+        for name, value in ckpt.tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = value
+            else:
+                strange.append(name)
+        if strange:
+            raise CheckpointError(f"{path}: unexpected {', '.join(sorted(strange))}")
+        tokenizer = VQGAN.from_tensors(
+            ckpt.config["tokenizer"], parts["tokenizer"], what=f"{path} (tokenizer)"
+        )
+        try:
+            # nothing is drawn and no memory is taken until every shape is known to fit
+            with torch.device("meta"):
+                transformer = GPT(GPTConfig.from_dict(ckpt.config["transformer"]))
+                conditioning = conditions.build(ckpt.config["conditioning"], tokenizer)
+        except (ValueError, TypeError, KeyError) as e:
+            raise CheckpointError(f"{path}: {e}") from e
+        checkpoints.load_into(transformer, parts["transformer"], what=f"{path} (transformer)")
+        checkpoints.load_into(conditioning, parts["conditioning"], what=f"{path} (conditioning)")
+        try:
+            return cls(tokenizer, transformer, conditioning, ckpt.metadata)
+        except ValueError as e:
+            raise CheckpointError(f"{path}: {e}") from e
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write the native format (safetensors and config.json), atomically.
+
+        Args:
+            folder: created if absent; a model already in it is replaced as a whole.
+            metadata: plain JSON values kept beside the weights; None keeps the pipeline's own.
+            dtype: stored dtype of the weights, e.g. torch.float16; None keeps theirs.
+        """
+        parts = {
+            "tokenizer": self.tokenizer,
+            "transformer": self.transformer,
+            "conditioning": self.conditioning,
+        }
+        config = {
+            "tokenizer": self.tokenizer.config.to_dict(),
+            "transformer": self.transformer.config.to_dict(),
+            "conditioning": self.conditioning.to_dict(),
+        }
+        tensors = {
+            f"{part}.{name}": value
+            for part, module in parts.items()
+            for name, value in module.state_dict().items()
+        }
+        said = self.metadata if metadata is None else metadata
+        native.write(folder, "pipeline", config, tensors, said, dtype=dtype)
+
+    # ---- device
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.tok_emb.weight.device
+
+    def to(self, device: torch.device | str) -> "Pipeline":
+        """Moves all parts; returns self."""
+        for part in (self.tokenizer, self.transformer, self.conditioning):
+            part.to(device)
+        return self
+
+    # ---- sampling
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the codes: the tokenizer's configured resolution over its factor."""
+        side = self.tokenizer.config.resolution // self.tokenizer.config.factor
+        return side, side
+
+    def sample(
+        self, classes: Any = None, n: int | None = None, **options: Any
+    ) -> list[Image.Image]:
+        """Draw n images.
+
+        Args: as `sample_codes`.
+
+        Returns:
+            PIL images, RGB. A token that is no code of the tokenizer (a vocabulary may be larger)
+            is decoded as code 0, with a warning.
+
+        Raises: as `sample_codes`.
+        """
+        return list(self.iter_images(classes, n, **options))
+
+    def iter_images(
+        self, classes: Any = None, n: int | None = None, **options: Any
+    ) -> Iterator[Image.Image]:
+        """`sample`, one image after another, holding one batch of codes at a time."""
+        batches = self.iter_codes(classes, n, **options)
+        return (self._picture(codes) for batch in batches for codes in batch)
+
+    def sample_codes(self, classes: Any = None, n: int | None = None, **options: Any) -> Tensor:
+        """Draw the codes of n images.
+
+        Args:
+            classes: ids or names, for a class-conditional model; image i gets
+                classes[i % len(classes)]. None: all classes in turn.
+            n: number of images, >= 0. None: one per class given, or per row of cond; else 1.
+            seed: 0..2⁶⁴ - 1. Image i depends on (seed, i) and its condition alone.
+            temperature, top_k, top_p: as `vqfast.sample_logits`.
+            cfg_scale: classifier-free guidance, 1 is off; needs a model with a null class.
+            size: None, or the (H, W) or side that the model was trained for.
+            batch_size: images drawn side by side; it changes no result.
+            precision: of the transformer's weights: "fp32" (also "auto"), "bf16", "int8", "int4".
+            cond: [m, Tc] int64 condition tokens, from `conditioning.encode`, for models that are
+                conditioned on a picture; image i gets cond[i % m].
+            prefix: [m, k] int64, the first k codes of an image, which are kept; image i gets
+                prefix[i % m].
+            first: number of the first image; the request is images first..first + n - 1.
+
+        Returns:
+            [n, h, w] int64.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong or does not suit the model.
+            NonFiniteError: the transformer's logits are not finite; names sample and position.
+        """
+        h, w = self.grid
+        batches = list(self.iter_codes(classes, n, **options))
+        return torch.cat(batches) if batches else torch.empty(0, h, w, dtype=torch.int64)
+
+    def iter_codes(
+        self,
+        classes: Any = None,
+        n: int | None = None,
+        *,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_scale: float = 1.0,
+        size: int | Sequence[int] | None = None,
+        batch_size: int = 8,
+        precision: str = "auto",
+        cond: Tensor | None = None,
+        prefix: Tensor | None = None,
+        first: int = 0,
+    ) -> Iterator[Tensor]:
+        """`sample_codes`, a batch [b, h, w] at a time. Arguments are checked before the first."""
+        self._check_size(size)
+        _check.choice("precision", precision, _PRECISIONS)
+        batch_size = _check.integer("batch_size", batch_size, low=1)
+        first = _check.integer("first", first, low=0, high=2**62)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        check_options(**options)
+        conditions_of = self._conditions(classes, cond)
+        if n is None:
+            n = len(conditions_of) if classes is not None or cond is not None else 1
+        n = _check.integer("n", n, low=0)
+        start = self._prefix(prefix)
+        scale = _check.number("cfg_scale", cfg_scale)
+        null = self.conditioning.null(1) if scale != 1 else None
+        if scale != 1 and null is None:
+            raise ValueError(f"cfg_scale = {scale:g} needs a model with a null condition")
+        h, w = self.grid
+        k = start.shape[1]
+
+        def draw() -> Iterator[Tensor]:
+            engine = self._engine_for(precision, min(batch_size, max(n, 1)))
+            for begin in range(first, first + n, batch_size):
+                i = torch.arange(begin, min(begin + batch_size, first + n))
+                known = start[i % len(start)]  # [b, k]
+                tokens = torch.cat([conditions_of[i % len(conditions_of)], known], dim=1)
+                uncond = None
+                if null is not None:
+                    uncond = torch.cat([null.expand(len(i), -1), known], dim=1).to(self.device)
+                drawn = engine.generate(
+                    tokens.to(self.device),
+                    h * w - k,
+                    cfg_scale=scale,
+                    uncond=uncond,
+                    sample_index=i,
+                    position=k,
+                    **options,
+                )
+                yield torch.cat([known, drawn.cpu()], dim=1).view(-1, h, w)
+
+        return draw()
+
+    @torch.no_grad()
+    def _picture(self, codes: Tensor) -> Image.Image:
+        """One image from [h, w] codes."""
+        strange = codes >= self.tokenizer.n_codes
+        if bool(strange.any()):
+            warnings.warn(
+                f"{int(strange.sum())} of {codes.numel()} tokens are no codes of the tokenizer and "
+                "are decoded as code 0; a trained transformer does not draw them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            codes = codes.masked_fill(strange, 0)
+        x = self.tokenizer.decode(codes[None].to(self.device))
+        return to_pil(self.tokenizer.to_rgb(x)[0])
+
+    def _check_size(self, size: int | Sequence[int] | None) -> None:
+        side = self.tokenizer.config.resolution
+        given = (size, size) if isinstance(size, int) else size
+        if given is not None and tuple(given) != (side, side):
+            raise ValueError(
+                f"size must be {side}x{side}, as the model was trained, got "
+                f"{'x'.join(map(str, given))}: other sizes need sliding windows, which are not "
+                "available yet"
+            )
+
+    def _conditions(self, classes: Any, cond: Tensor | None) -> Tensor:
+        """[m, Tc] int64 on the CPU; image i takes row i % m."""
+        kind = self.conditioning.kind
+        if kind != "class" and classes is not None:
+            raise ValueError(f"classes must be None: this model is conditioned on {kind!r}")
+        if cond is not None:
+            if classes is not None:
+                raise ValueError("classes and cond exclude one another")
+            _check.integer_tensor("cond", cond)
+            _check.ndim("cond", cond, 2)
+            if not len(cond):
+                raise ValueError("cond must hold at least one row, got 0")
+            return cond.cpu().long()
+        if kind == "class":
+            ids = range(self.conditioning.n_classes) if classes is None else classes
+            if isinstance(ids, (int, str)):
+                ids = [ids]
+            tokens = self.conditioning.encode(ids if isinstance(ids, Tensor) else list(ids)).cpu()
+            if not len(tokens):
+                raise ValueError("classes must hold at least one class, got none")
+            return tokens
+        if kind == "sos":
+            return self.conditioning.encode(1)
+        raise ValueError(f"cond must be given: this model is conditioned on {kind!r}")
+
+    def _prefix(self, prefix: Tensor | None) -> Tensor:
+        """[m, k] int64 on the CPU; k = 0 without one."""
+        if prefix is None:
+            return torch.empty(1, 0, dtype=torch.int64)
+        h, w = self.grid
+        _check.integer_tensor("prefix", prefix)
+        _check.ndim("prefix", prefix, 2)
+        if not len(prefix) or prefix.shape[1] > h * w:
+            raise ValueError(f"prefix must be [m >= 1, k <= {h * w}], got {list(prefix.shape)}")
+        return prefix.cpu().long()
+
+    def _engine_for(self, precision: str, batch: int) -> Engine:
+        """The last engine, if it has this precision, room for the batch and the present weights."""
+        precision = "fp32" if precision == "auto" else precision
+        # an in-place change of a weight raises its version; load_state_dict and optimizers do that
+        weights = tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version)
+            for p in self.transformer.parameters()
+        )
+        key = (precision, weights)
+        if self._engine is None or self._engine[0] != key or self._engine[1].batch < batch:
+            self._engine = None  # the old one goes first
+            self._engine = (key, Engine(self.transformer, precision=precision, batch=batch))
+        return self._engine[1]
