@@ -26,8 +26,11 @@ from vqfast.errors import CheckpointError
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
+from vqfast.nn.quantizers.ema import EMAVectorQuantizer
+from vqfast.nn.quantizers.gumbel import GumbelQuantizer
+from vqfast.nn.quantizers.vector import VectorQuantizer
 
-__all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig", "code_statistics"]
+__all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig"]
 
 _PRECISIONS = {
     "auto": torch.float32,
@@ -134,9 +137,6 @@ class Decoder(nn.Module):
 
 
 def _quantizer(c: VQGANConfig) -> nn.Module:
-    # imported here: a tokenizer of one kind needs one quantizer
-    from vqfast.nn import EMAVectorQuantizer, GumbelQuantizer, VectorQuantizer
-
     if c.quantizer == "gumbel":
         return GumbelQuantizer(
             c.z_channels, c.embed_dim, c.n_embed, kl_weight=c.kl_weight, temp_init=c.temp_init
@@ -149,6 +149,7 @@ def _quantizer(c: VQGANConfig) -> nn.Module:
             decay=c.decay,
             eps=c.eps,
             dead_code_threshold=c.dead_code_threshold,
+            sane_index_shape=True,
         )
     return VectorQuantizer(
         c.n_embed,
@@ -225,9 +226,7 @@ class VQGAN(nn.Module):
         Raises:
             TypeError, ValueError: as `encode_to_prequant`.
         """
-        z = self.encode_to_prequant(x)
-        with torch.autocast(z.device.type, enabled=False):
-            return self.quantize.codes(_wide(z))
+        return self.quantize.codes(self.encode_to_prequant(x))
 
     def decode_latents(self, z_q: Tensor) -> Tensor:
         """Quantised latents [B, embed_dim, h, w] -> images [B, out_ch, f·h, f·w], not clamped."""
@@ -259,19 +258,15 @@ class VQGAN(nn.Module):
         """Training forward.
 
         Returns:
-            x_hat [B, out_ch, H, W]; the quantizer's loss []; info with indices [B, h, w] int64, and
-            perplexity [] and usage [] (share of the codes that occur) over this batch.
+            x_hat [B, out_ch, H, W]; the quantizer's loss []; info with indices [B, h, w] int64 and
+            the perplexity [] of the codes in this batch.
 
         Raises:
             TypeError, ValueError: as `encode_to_prequant`.
         """
         z = self.encode_to_prequant(x)
-        B, _, h, w = z.shape
-        with torch.autocast(z.device.type, enabled=False):
-            z_q, loss, (_, _, indices) = self.quantize(_wide(z))
-        indices = indices.reshape(B, h, w)
-        perplexity, usage = code_statistics(indices, self.n_codes)
-        info = {"indices": indices, "perplexity": perplexity, "usage": usage}
+        z_q, loss, (perplexity, _, indices) = self.quantize(z)
+        info = {"indices": indices, "perplexity": perplexity}
         return self.decode_latents(z_q), loss, info
 
     def to_rgb(self, x: Tensor) -> Tensor:
@@ -350,17 +345,3 @@ class VQGAN(nn.Module):
         native.write(
             folder, "tokenizer", self.config.to_dict(), self.state_dict(), metadata, dtype=dtype
         )
-
-
-def _wide(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def code_statistics(indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Perplexity [] and usage [] (share of the K codes that occur) of integer indices."""
-    flat = indices.reshape(-1)
-    counts = torch.zeros(K, dtype=torch.int64, device=flat.device)
-    counts = counts.scatter_add(0, flat, torch.ones_like(flat))
-    p = counts.float() / max(1, flat.numel())
-    entropy = -torch.special.xlogy(p, p).sum()
-    return entropy.exp(), (counts > 0).float().mean()

@@ -28,9 +28,8 @@ class VQGANConfig:
     codebook term when `legacy`, as released checkpoints were trained. `remap` lists the ids of
     the codes that are kept, if not all are; `unknown_index` says what becomes of the others:
     "random", "extra" or an id.
-
-    Gumbel: `kl_weight`, `temp_init`. EMA: `decay`, `eps`, and `dead_code_threshold`, the smoothed
-    count below which a code is revived (0: never).
+    Gumbel: `kl_weight`, `temp_init`. EMA: `decay`, `eps`, `dead_code_threshold`: the part of the
+    mean count below which a code is revived (0: never).
 
     Raises:
         TypeError, ValueError: naming the key, what was expected and what came.
@@ -59,7 +58,7 @@ class VQGANConfig:
     temp_init: float = 1.0
     decay: float = 0.99
     eps: float = 1e-5
-    dead_code_threshold: float = 1.0
+    dead_code_threshold: float = 0.01
 
     def __post_init__(self) -> None:
         for key in ("ch", "out_ch", "in_channels", "num_res_blocks", "resolution", "z_channels"):
