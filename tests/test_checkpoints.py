@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -253,6 +255,27 @@ def test_a_reader_sees_the_old_or_the_new_never_a_mix(tmp_path):
         stop.set()
         thread.join()
     assert all(equal(s, tensors(0)) or equal(s, tensors(1)) for s in seen)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_at_any_moment_of_a_save_leaves_the_new_or_the_old(tmp_path):
+    folder, rng = saved(tmp_path / "m"), random.Random(0)
+    seen = set()
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:  # saves until it is killed
+            seed = 0
+            while True:
+                seed += 1
+                saved(folder, seed % 2)
+        time.sleep(rng.uniform(0.001, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = checkpoints.read(folder).tensors
+        seen.add(next(seed for seed in (0, 1) if equal(found, tensors(seed))))
+    assert seen == {0, 1}
+    saved(folder)
+    assert names(folder) == ["config.json", "model.safetensors"]
 
 
 def test_stale_temporary_files_are_ignored_and_removed_later(tmp_path):
