@@ -352,16 +352,16 @@ def test_what_the_model_cannot_do_is_bad_usage(run, tmp_path, pipeline, argument
     assert code == 2 and complains(err) and not (tmp_path / "o").exists()
 
 
-def test_images_are_held_a_batch_at_a_time(run, monkeypatch, pipeline):
-    asked, sample = [], vqfast.Pipeline.sample
+def test_images_are_written_before_the_next_batch_is_drawn(run, tmp_path, monkeypatch, pipeline):
+    counts, draw = [], vqfast.Engine.generate
 
-    def spy(self, **request):
-        asked.append((request["first"], request["n"]))
-        return sample(self, **request)
+    def spy(self, *args, **options):
+        counts.append(len(listing(tmp_path / "o")))
+        return draw(self, *args, **options)
 
-    monkeypatch.setattr(vqfast.Pipeline, "sample", spy)
+    monkeypatch.setattr(vqfast.Engine, "generate", spy)
     assert run("sample", "--model", pipeline, "-n", 7, "--batch-size", 3, "--out", "o")[0] == 0
-    assert asked == [(0, 3), (3, 3), (6, 1)]
+    assert counts == [0, 3, 6]
 
 
 # ---- pictures and codes

@@ -5,7 +5,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ _MAX_ON_GRID = 4096  # a sheet is held in memory; a folder is not
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Writes batch after batch, so that memory does not grow with -n and an interruption leaves
+    """Writes image after image, so that memory does not grow with -n and an interruption leaves
     finished images: image i of a request depends on (seed, i) alone."""
     if args.grid is not None and not 1 <= args.n <= _MAX_ON_GRID:
         raise UsageError(f"--grid takes 1 to {_MAX_ON_GRID} images, got -n {args.n}")
@@ -30,14 +29,13 @@ def run(args: argparse.Namespace) -> Report:
     model = _models.model_path(args.model)
     device = _models.choose_device(args.device)
     pipe = vqfast.Pipeline.from_pretrained(model).to(device)
-    request = _request(args)
-    _try_arguments(pipe, request)
+    images = _images(pipe, args)
     started = time.monotonic()
-    kept: list[Image.Image] = []
+    width, kept = number_width(args.n), []
     with picture_folder(out, args.overwrite) if out else contextlib.nullcontext() as folder:
-        for i, image in _images(pipe, request, args.n, args.batch_size):
+        for i, image in enumerate(tqdm(images, total=args.n, unit="image", disable=None)):
             if folder is not None:
-                save_png(image, folder / f"{i:0{number_width(args.n)}d}.png")
+                save_png(image, folder / f"{i:0{width}d}.png")
             if args.grid is not None:
                 kept.append(image)
     if args.grid is not None:
@@ -59,38 +57,24 @@ def run(args: argparse.Namespace) -> Report:
     return Report(values, f"{args.n} images in {seconds:.1f} s: {places}")
 
 
-def _request(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "classes": args.classes,
-        "seed": args.seed,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "cfg_scale": args.cfg_scale,
-        "size": args.size,
-        "precision": args.precision,
-    }
-
-
-def _try_arguments(pipe: "vqfast.Pipeline", request: dict[str, Any]) -> None:
-    """Lets the pipeline judge what depends on the model (class, size, guidance) before any output.
+def _images(pipe: "vqfast.Pipeline", args: argparse.Namespace) -> Iterator[Image.Image]:
+    """The images one by one; the pipeline holds one batch of codes.
 
     Raises:
-        UsageError: the pipeline refuses an argument.
+        UsageError: at once, when an argument does not suit the model (class, size, guidance).
     """
     try:
-        pipe.sample_codes(n=0, **request)
+        return pipe.iter_images(
+            args.classes,
+            args.n,
+            seed=args.seed,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            cfg_scale=args.cfg_scale,
+            size=args.size,
+            batch_size=args.batch_size,
+            precision=args.precision,
+        )
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
-
-
-def _images(
-    pipe: "vqfast.Pipeline", request: dict[str, Any], n: int, batch_size: int
-) -> Iterator[tuple[int, Image.Image]]:
-    """(number, image) in order; at most `batch_size` of them are held."""
-    with tqdm(total=n, unit="image", disable=None) as progress:
-        for first in range(0, n, batch_size):
-            count = min(batch_size, n - first)
-            images = pipe.sample(n=count, first=first, batch_size=batch_size, **request)
-            yield from enumerate(images, first)
-            progress.update(count)
