@@ -101,6 +101,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a plain name", name.start_mark
+                )
             if name.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {name.value!r} is given twice", name.start_mark
@@ -300,8 +304,6 @@ def build(schema: type[T], tree: Any, where: str = "") -> T:
         return schema(**values)
     except (TypeError, ValueError) as error:
         text = str(error)
-        if isinstance(error, ConfigError):
-            raise
         named = re.match(r"\w+", text)
         joint = "." if named and named.group() in fields else ": "
         raise ConfigError(f"{where}{joint}{text}" if where else text) from None

@@ -7,7 +7,7 @@ that were written for taming.
 
 from dataclasses import dataclass
 
-from vqfast.config import ConfigError, key
+from vqfast.config import key
 
 __all__ = [
     "DataSection",
@@ -77,7 +77,7 @@ class LossSection:
 
     def __post_init__(self) -> None:
         if self.gan_start is not None and self.gan_start < self.disc_start:
-            raise ConfigError(
+            raise ValueError(
                 f"gan_start must be >= disc_start = {self.disc_start}, got {self.gan_start}"
             )
 
@@ -166,7 +166,7 @@ class TransformerModel:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            raise ConfigError(
+            raise ValueError(
                 f"n_embd must be a multiple of n_head = {self.n_head}, got {self.n_embd}"
             )
 
@@ -185,4 +185,4 @@ class TransformerTrain(TrainSection):
 
 def _pair(name: str, values: tuple[float, ...]) -> None:
     if len(values) != 2:
-        raise ConfigError(f"{name} must be two numbers, got {list(values)}")
+        raise ValueError(f"{name} must be two numbers, got {list(values)}")
