@@ -102,9 +102,11 @@ class ImageFeed:
             self._batches = None
 
 
-def held_out_images(source: Source | None, size: int, count: int) -> tuple[Tensor, Tensor] | None:
+def held_out_images(
+    source: Source | None, size: int, count: int, *, warn: bool = True
+) -> tuple[Tensor, Tensor] | None:
     """The first `count` readable pictures, [n, 3, size, size], and their labels [n]; None if there
-    are none.
+    are none. `warn` names the bad ones; those of the training set are named by its feed.
     """
     if source is None:
         return None
@@ -115,7 +117,8 @@ def held_out_images(source: Source | None, size: int, count: int) -> tuple[Tenso
         try:
             item = dataset[index]
         except DataError as error:
-            print(f"skipped {error}", file=sys.stderr)
+            if warn:
+                print(f"skipped {error}", file=sys.stderr)
             continue
         found.append(item["image"])
         labels.append(item["label"])

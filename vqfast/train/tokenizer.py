@@ -388,7 +388,8 @@ def _build(
     assert data.size is not None  # `complete` has set it
     feed = ImageFeed(source, data, data.size, train.seed, world, train.accumulate)
     needed = train.val_images if train.val_every else _GRID if train.images_every else 0
-    shown = held_out_images(held or (source if train.images_every else None), data.size, needed)
+    pictures = held or (source if train.images_every else None)
+    shown = held_out_images(pictures, data.size, needed, warn=held is not None)
     return TokenizerStage(config, world, shown), feed
 
 
