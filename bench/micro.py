@@ -1,0 +1,214 @@
+"""The micro suite: one op, one shape, our backends against the opponents, in interleaved rounds.
+
+A contestant of ours is measured only after the op's checks have passed on its backend (the gate).
+Every opponent's answers on a search are counted against ours: how many rows miss the nearest code.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import baselines
+import roofline
+import torch
+from report import Row, rows_of
+
+import vqfast
+from vqfast import _dispatch, ops
+from vqfast.testing import check
+from vqfast.testing.cases import Case, cases
+from vqfast.testing.timing import race
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Measure(NamedTuple):
+    """A thing to time: a raw op, or forward and backward of the public `quantize`."""
+
+    name: str
+    op: str  # whose file, cases and checks
+    inputs: Callable[[Case, torch.dtype, str], tuple]
+    cost: Callable[[Case], tuple[float, float]] | None
+
+
+class Options(NamedTuple):
+    """What the command line chose."""
+
+    op: str | None
+    case: str | None
+    backend: str | None
+    dtypes: tuple[str, ...]
+    device: str
+    rounds: int
+    budget_s: float
+    gate: bool
+
+
+def measures(op: str | None) -> list[Measure]:
+    """All of the op files, or those of one op. ValueError names the known ops."""
+    modules = ops.load_all()
+    known = [name for name in modules if cases(name, "bench")]
+    if op is not None and op not in known:
+        raise ValueError(f"--op must be one of {', '.join(known)}, got {op!r}")
+    found = []
+    for name in [op] if op else known:
+        module = modules[name]
+        for raw, inputs in check.variants(module):
+            cost = getattr(module, "COST", None) if raw == name else None
+            found.append(Measure(raw, name, inputs, cost))
+        if name == "quantize":
+            found.append(Measure("quantize", "quantize", _quantize_inputs, _quantize_cost))
+    return found
+
+
+def _quantize_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple:
+    """z near the codes, as in training, the codebook, and the gradient from above."""
+    g = torch.Generator().manual_seed(case["N"])
+    codebook = torch.randn(case["K"], case["D"], generator=g)
+    z = codebook[torch.randint(case["K"], (case["N"],), generator=g)]
+    z = z + 0.3 * torch.randn(z.shape, generator=g)
+    upstream = torch.randn(z.shape, generator=g)
+    return z.to(device, dtype), codebook.to(device, dtype), upstream.to(device, dtype)
+
+
+def _quantize_cost(case: Case) -> tuple[float, float]:
+    """The search, and one pass over z, z_q and both gradients."""
+    N, K, D = (case[k] for k in "NKD")
+    return 4 * (5 * N * D + 3 * K * D), 2 * N * K * D + 8 * N * D
+
+
+def runner(measure: Measure, backend: str, inputs: tuple) -> Callable[[], Any]:
+    """The op forced onto one backend."""
+    if measure.name != "quantize":
+        op = _dispatch.OPS[measure.name]
+
+        def run() -> Any:
+            with vqfast.backend(backend):
+                return op(*inputs)
+
+        return run
+    z, codebook, upstream = inputs
+    z, codebook = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+
+    def step() -> Any:
+        z.grad = codebook.grad = None
+        with vqfast.backend(backend):
+            q = vqfast.quantize(z, codebook)
+            torch.autograd.backward((q.z_q, q.loss), (upstream, torch.ones_like(q.loss)))
+        return q.indices
+
+    return step
+
+
+def backends(measure: Measure, inputs: tuple, wanted: str | None) -> list[str]:
+    """Those that can run these inputs; the reference only if it is asked for or alone."""
+    op = _dispatch.OPS["nearest" if measure.name == "quantize" else measure.name]
+    args = (*inputs[:2], 0) if measure.name == "quantize" else inputs
+    able = [name for name, reason in op.explain(*args).items() if reason is None]
+    if wanted is not None:
+        return [wanted] if wanted in able else []
+    return [name for name in able if name != "reference"] or able
+
+
+class Gate:
+    """The checks of each op and backend, run once, before its first number."""
+
+    def __init__(self, device: str, enabled: bool, say: Callable[[str], None]):
+        self._device, self._enabled, self._say = device, enabled, say
+        self._rows: dict[str, list[check.Row]] = {}
+        self.refused: dict[str, str] = {}
+
+    @property
+    def verdict(self) -> str:
+        return "passed" if self._enabled else "UNVERIFIED"
+
+    def passes(self, op: str, backend: str) -> bool:
+        """True if the checks pass, or if the gate is off."""
+        if not self._enabled or backend == "reference":
+            return True
+        parts = ("nearest", "code_stats") if op == "quantize" else (op,)
+        rows = [row for part in parts for row in self._checks(part) if row.backend == backend]
+        bad = [row for row in rows if not row.ok]
+        if rows and not bad:
+            return True
+        first = bad[0] if bad else None
+        why = f"{first.op} {first.case} {first.dtype}: {first.reason}" if first else "no check ran"
+        self.refused[f"{op} on {backend}"] = f"{len(bad)} of {len(rows)} checks fail; {why}"
+        return False
+
+    def _checks(self, op: str) -> list[check.Row]:
+        if op not in self._rows:
+            self._say(f"gate: checking {op} on {self._device}")
+            self._rows[op] = list(check.check_ops(self._device, op))
+        return self._rows[op]
+
+
+def _misses(measure: Measure, inputs: tuple, run: Callable[[], Any]) -> str:
+    """For a search: the part of the rows whose answer is not the exact one, on a sample."""
+    if measure.name != "nearest":
+        return ""
+    z, codebook, metric = inputs
+    rows = max(1, min(len(z), 2**24 // len(codebook)))
+    with torch.no_grad(), vqfast.backend("reference"):
+        exact = _dispatch.OPS["nearest"](z[:rows], codebook, metric)[0]
+    wrong = (run()[:rows].to(exact.device) != exact).float().mean().item()
+    return f"misses {wrong:.2%} of {rows} rows" if wrong else "no miss"
+
+
+def run(options: Options, say: Callable[[str], None]) -> Iterator[tuple[list[Row], dict, dict]]:
+    """Rows of each case as they are measured, with cost by (measure, case) and reasons of absence.
+
+    Raises:
+        ValueError: unknown op or case.
+    """
+    gate = Gate(options.device, options.gate, say)
+    todo = list(chosen(options))
+    if not todo:
+        raise ValueError(f"--case: no bench case is named {options.case!r}")
+    for measure, case, dtype in todo:
+        inputs = measure.inputs(case, DTYPES[dtype], options.device)
+        able = backends(measure, inputs, options.backend)
+        ours = {
+            f"vqfast {name}": runner(measure, name, inputs)
+            for name in able
+            if gate.passes(measure.op, name)
+        }
+        peers, missing = baselines.runners(measure.name, case, inputs)
+        if ours:
+            say(f"timing {measure.name} {case.id} {dtype}")
+            times = race(
+                {**ours, **peers},
+                device=options.device,
+                rounds=options.rounds,
+                budget_s=options.budget_s,
+            )
+            cost = cost_of(measure, case, dtype)
+            ceiling = roofline.measure(options.device, DTYPES[dtype])
+            notes = {name: _misses(measure, inputs, peer) for name, peer in peers.items()}
+            if not options.gate:
+                notes |= dict.fromkeys(ours, "UNVERIFIED")
+            names = set(ours)
+            rows = rows_of(measure.name, case.id, dtype, times, names, cost, ceiling, notes)
+            yield rows, {(measure.name, case.id): cost} if cost else {}, missing
+    if gate.refused:
+        text = "; ".join(f"{k}: {v}" for k, v in gate.refused.items())
+        raise RefusedError(text)
+
+
+class RefusedError(RuntimeError):
+    """Numbers that were not taken because the op's checks fail; the text says which."""
+
+
+def chosen(options: Options) -> Iterable[tuple[Measure, Case, str]]:
+    for measure in measures(options.op):
+        for case in cases(measure.op, "bench"):
+            if options.case in (None, case.id):
+                for dtype in options.dtypes:
+                    yield measure, case, dtype
+
+
+def cost_of(measure: Measure, case: Case, dtype: str) -> tuple[float, float] | None:
+    """Bytes and flops; op files count float32, two-byte types move half of that."""
+    if measure.cost is None:
+        return None
+    moved, flops = measure.cost(case)
+    return moved * DTYPES[dtype].itemsize / 4, flops

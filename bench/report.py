@@ -1,0 +1,180 @@
+"""From measured times to rows, a table, a ledger and a picture."""
+
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqfast.testing.timing import Times, ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+LEDGER = Path(__file__).resolve().parent / "results"
+
+
+class Row(NamedTuple):
+    """One measured contestant on one case. Times in ms; `ratios` are times faster than each
+    peer.
+    """
+
+    measure: str
+    case: str
+    dtype: str
+    contestant: str
+    ours: bool
+    p50: float
+    p20: float
+    p80: float
+    gb_s: float | None = None
+    gflop_s: float | None = None
+    roofline: float | None = None  # part of the measured ceiling, 1 = on it
+    ratios: Mapping[str, float] = {}
+    note: str = ""
+
+
+def rows_of(
+    measure: str,
+    case: str,
+    dtype: str,
+    times: Mapping[str, Times],
+    ours: set[str],
+    cost: tuple[float, float] | None,
+    ceiling: Any = None,
+    notes: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """One row per contestant; a row of ours carries its ratio to every opponent."""
+    rows = []
+    for name, t in times.items():
+        figures: dict[str, Any] = {}
+        if cost is not None:
+            moved, flops = cost
+            figures = {"gb_s": moved / t.p50 / 1e9, "gflop_s": flops / t.p50 / 1e9}
+            if ceiling is not None:
+                figures["roofline"] = ceiling.seconds(moved, flops) / t.p50
+        if name in ours:
+            peers = {n: ratio(t, other) for n, other in times.items() if n not in ours}
+            figures["ratios"] = dict(sorted(peers.items(), key=lambda p: p[1]))
+        at = (t.p50 * 1e3, t.p20 * 1e3, t.p80 * 1e3)
+        note = (notes or {}).get(name, "")
+        rows.append(Row(measure, case, dtype, name, name in ours, *at, **figures, note=note))
+    return rows
+
+
+_HEAD = ("case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "ours is")
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned text, one block per measure. `ours is`: times faster than each opponent."""
+    lines: list[str] = []
+    for measure in dict.fromkeys(r.measure for r in rows):
+        cells = [_HEAD]
+        for r in rows:
+            if r.measure == measure:
+                cells.append(_cells(r))
+        widths = [max(len(c[i]) for c in cells) for i in range(len(_HEAD) - 1)]
+        lines.append(f"== {measure}")
+        for c in cells:
+            left = "  ".join(v.ljust(w) for v, w in zip(c, widths, strict=False))
+            lines.append(f"{left}  {c[-1]}".rstrip())
+    return "\n".join(lines)
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    def figure(x: float | None, form: str) -> str:
+        return "-" if x is None else format(x, form)
+
+    ratios = ", ".join(f"{x:.2f}x {name}" for name, x in r.ratios.items())
+    return (
+        r.case,
+        r.dtype,
+        r.contestant,
+        f"{r.p50:.4g} [{r.p20:.4g}-{r.p80:.4g}]",
+        figure(r.gb_s, ".3g"),
+        figure(r.gflop_s, ".4g"),
+        figure(None if r.roofline is None else 100 * r.roofline, ".0f"),
+        "; ".join(x for x in (ratios, r.note) if x),
+    )
+
+
+def commit() -> str:
+    """Short hash of HEAD, with "+" when tracked files differ from it; "unknown" without git."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        run = {"capture_output": True, "text": True, "check": True}
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if dirty else "")
+
+
+def record(
+    rows: list[Row], environment: Mapping[str, Any], peers: Mapping[str, str], gate: str
+) -> dict:
+    """What the last line and the ledger hold: figures with all that is needed to believe them."""
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
+        "gate": gate,
+        "environment": dict(environment),
+        "peers": dict(peers),
+        "rows": [{k: v for k, v in r._asdict().items() if v not in (None, "", {})} for r in rows],
+    }
+
+
+def append(suite: str, line: dict) -> Path:
+    """One line more in the ledger of a suite."""
+    LEDGER.mkdir(exist_ok=True)
+    path = LEDGER / f"{suite}.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return path
+
+
+def plot(rows: list[Row], ceiling: Any, cost: Mapping[tuple[str, str], Any], path: Path) -> None:
+    """A PNG: left the roofline with every contestant, right how many times faster ours is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [
+        (f"{r.measure} {r.case} {r.dtype}\n{r.contestant} vs {peer}", x)
+        for r in rows
+        for peer, x in r.ratios.items()
+    ]
+    height = max(4.0, 0.42 * len(bars))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), constrained_layout=True)
+    if ceiling is not None:
+        _draw_roofline(left, rows, ceiling, cost)
+    else:
+        left.axis("off")
+    right.barh([b[0] for b in bars][::-1], [b[1] for b in bars][::-1], color="#4477aa")
+    right.axvline(1, color="black", linewidth=1)
+    right.set_xscale("log")
+    right.set_xlabel("times faster than the opponent, same machine, interleaved")
+    right.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_roofline(axes: Any, rows: list[Row], ceiling: Any, cost: Mapping) -> None:
+    at = [2.0**e for e in range(-3, 13)]
+    axes.loglog(at, [min(ceiling.gemm, x * ceiling.read) / 1e9 for x in at], "k-", label="measured")
+    opponents = "opponents"
+    for r in rows:
+        if r.gflop_s is None or (r.measure, r.case) not in cost:
+            continue
+        moved, flops = cost[r.measure, r.case]
+        if r.ours:
+            label = f"{r.measure} {r.case} {r.dtype} {r.contestant}"
+            axes.loglog(flops / moved, r.gflop_s, "o", label=label)
+        else:
+            axes.loglog(flops / moved, r.gflop_s, "x", color="grey", label=opponents)
+            opponents = "_nolegend_"
+    axes.set_xlabel("flops per byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend(fontsize=7)

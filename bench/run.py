@@ -1,0 +1,131 @@
+"""Benches: python bench/run.py --suite micro --op nearest
+
+Suites: micro (one op), model (encode, decode), train (a step of each stage), sample (cached
+decoding). The op's checks run first; without them passed there is no number (--no-gate prints
+UNVERIFIED). Opponents in bench/baselines run in the same interleaved rounds, those that are not
+installed are listed as absent. Times are p50 [p20-p80]. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import against
+import baselines
+import micro
+import networks
+import report
+import roofline
+import torch
+
+from vqfast.testing.timing import environment
+
+SUITES = ("micro", "model", "train", "sample")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--suite", choices=SUITES, default="micro")
+    p.add_argument("--op", help="micro: one op (all by default)")
+    p.add_argument("--case", help="one case by its id (all of the suite by default)")
+    p.add_argument("--backend", help="micro: one of ours: cuda, triton, cpu, reference")
+    p.add_argument(
+        "--dtype",
+        default="fp32",
+        help="fp32, fp16, bf16 (sample: int8, int4 too); several with commas",
+    )
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--threads", type=int, help="of torch, and so of our kernels")
+    p.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at most")
+    p.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds per case")
+    p.add_argument("--base", metavar="REF", help="micro: another commit, built and run beside this")
+    p.add_argument("--no-gate", action="store_true", help="skip the checks; prints UNVERIFIED")
+    p.add_argument("--json", action="store_true", help="stdout holds the JSON object alone")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw roofline and ratios")
+    p.add_argument("--record", action="store_true", help="append to bench/results/SUITE.jsonl")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shown = sys.stderr if args.json else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    where = environment(args.device)
+    print("  ".join(f"{k} {v}" for k, v in where.items()), file=shown)
+    rows: list[report.Row] = []
+    cost: dict[Any, Any] = {}
+    absent: dict[str, str] = {}
+    failure = ""
+    try:
+        for part, part_cost, missing in _suite(args, say):
+            rows += part
+            cost |= part_cost
+            absent |= missing
+            print(report.table(part), file=shown, flush=True)
+    except ValueError as error:
+        say(f"bench: {error}")
+        return 2
+    except (micro.RefusedError, against.BaseError) as error:
+        failure = str(error)
+        say(f"bench: REFUSED {failure}")
+    for name, why in absent.items():
+        print(f"absent: {name}: {why}", file=shown)
+    gate = "UNVERIFIED" if args.no_gate else "REFUSED" if failure else "passed"
+    line = report.record(rows, where, _versions(rows), gate)
+    if args.plot:
+        ceiling = roofline.measure(args.device, torch.float32) if cost else None
+        report.plot(rows, ceiling, cost, args.plot)
+        print(f"drawn: {args.plot}", file=shown)
+    if args.record and rows and not args.no_gate:
+        print(f"recorded: {report.append(args.suite, line)}", file=shown)
+    print(json.dumps(line))
+    return 1 if failure else 0
+
+
+def _suite(args: argparse.Namespace, say: Any) -> Any:
+    dtypes = tuple(args.dtype.split(","))
+    known = (*micro.DTYPES, *(("int8", "int4") if args.suite == "sample" else ()))
+    for name in dtypes:
+        if name not in known:
+            raise ValueError(f"--dtype must be out of {', '.join(known)}, got {name!r}")
+    options = micro.Options(
+        op=args.op,
+        case=args.case,
+        backend=args.backend,
+        dtypes=dtypes,
+        device=args.device,
+        rounds=args.rounds,
+        budget_s=args.budget,
+        gate=not args.no_gate,
+    )
+    if args.suite != "micro":
+        if args.base or args.op or args.backend:
+            raise ValueError("--base, --op and --backend belong to the suite micro")
+        return networks.run(args.suite, options, say)
+    if args.base:
+        return against.run(args.base, options, say)
+    return micro.run(options, say)
+
+
+def _versions(rows: list[report.Row]) -> dict[str, str]:
+    """What each opponent in the rows was."""
+    names = {r.contestant for r in rows if not r.ours}
+    found = {}
+    for measure in {r.measure for r in rows}:
+        for name, module in baselines.opponents(measure)[0].items():
+            if name in names:
+                found[name] = module.version()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
