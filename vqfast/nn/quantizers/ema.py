@@ -123,7 +123,7 @@ class EMAVectorQuantizer(Quantizer):
         return q.z_q.movedim(-1, 1).to(z.dtype), self.beta * q.loss, info
 
     def _samples(self, flat: Tensor, n: int) -> Tensor | None:
-        """n random rows of flat [rows, D], none twice while there are enough; rank 0's on all ranks.
+        """n random rows of flat [rows, D], none twice while there are enough; those of rank 0.
 
         None when there are no rows.
         """

@@ -79,7 +79,8 @@ class GumbelQuantizer(Quantizer):
 
     def codes(self, z: Tensor) -> Tensor:
         """z [B, num_hiddens, h, w] -> indices [B, h, w] int64 without noise, in either mode."""
-        chosen = self.logits(z.detach()).argmax(1)
+        with torch.no_grad():
+            chosen = self.logits(z).argmax(1)
         return chosen if self.remap is None else self.remap_to_used(self._ids(chosen))
 
     def forward(
@@ -102,8 +103,8 @@ class GumbelQuantizer(Quantizer):
             raise ValueError("return_logits needs use_vqinterface=True")
         temp = self.temperature if temp is None else temp
         temp = _check.number("temp", temp, low=0.0, low_open=True)
+        logits = self.logits(z)
         with torch.autocast(z.device.type, enabled=False):
-            logits = self.logits(z)
             z_q, chosen = self._choose(logits, temp)
             log_p = F.log_softmax(logits, dim=1)
             p = log_p.exp()
