@@ -46,6 +46,7 @@ VQFAST_INLINE VF load_n(const float* p, int n, float other = 0.0f) {
 #if VQFAST_LANES == 16
   return (VF)_mm512_mask_loadu_ps((__m512)broadcast(other), (__mmask16)((1u << n) - 1u), p);
 #else
+  if (n == kLanes) return load(p);
   VF v = broadcast(other);
   for (int i = 0; i < n; ++i) v[i] = p[i];
   return v;
@@ -55,6 +56,7 @@ VQFAST_INLINE void store_n(float* p, VF v, int n) {
 #if VQFAST_LANES == 16
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), (__m512)v);
 #else
+  if (n == kLanes) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }

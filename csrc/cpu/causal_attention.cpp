@@ -1,14 +1,18 @@
-// Computes: out_i = sum_{j<=i} softmax_j(scale <q_i, k_j>) v_j and lse_i = log sum_{j<=i} exp(scale <q_i, k_j>) for
-//   q, k, v [B, H, T, d], d <= 256, out like q and contiguous, lse [B, H, T] float32.
-// Contract: any strides of q, k, v. Keys and values after row i are not used for it, whatever they hold. A row whose
-//   scores are all -inf gives zeros and lse = +inf. NaN among what a row sees gives NaN.
-// Numerics: float32 throughout, also for half-precision inputs; scale is multiplied into q. Scores are sums over d
-//   in pieces of 32; the output adds blocks of kBlock keys, so its error grows with kBlock + T / kBlock. exp has 2 ulp.
-//   No overflow below the range of float32: the running maximum is taken out of every exponent.
-// Shape of the code: a unit of work is a (batch, head) and at most kChunk rows. For each block of keys it packs K
-//   transposed and V in rows (L2), then for each tile of 6 rows: a strip of scores [6][block] in L1, exact maximum and
-//   exponentials along the strip, strip times V into the chunk's output. Packing costs two vector moves per kChunk rows
-//   and element. The order of work inside a row depends on T and d alone: equal bits for any number of threads.
+// Computes: out_i = sum_{j<=i} softmax_j(scale <q_i, k_j>) v_j and lse_i = log sum_{j<=i} exp(scale
+//   <q_i, k_j>) for q, k, v [B, H, T, d], d <= 256, out like q and contiguous, lse [B, H, T]
+//   float32.
+// Contract: any strides of q, k, v. Keys and values after row i are not used for it, whatever they
+//   hold. A row whose scores are all -inf gives zeros and lse = +inf. NaN among what a row sees
+//   gives NaN.
+// Numerics: float32 throughout, also for half-precision inputs; scale is multiplied into q. Scores
+//   are sums over d in pieces of 32; the output adds blocks of kBlock keys, so its error grows with
+//   kBlock + T / kBlock. exp has 2 ulp. No overflow below the range of float32: the running maximum
+//   is taken out of every exponent.
+// Shape of the code: a unit of work is a (batch, head) and at most kChunk rows. For each block of
+//   keys it packs K transposed and V in rows (L2), then for each tile of 6 rows: a strip of scores
+//   [6][block] in L1, exact maximum and exponentials along the strip, strip times V into the
+//   chunk's output. Packing costs two vector moves per kChunk rows and element. The order of work
+//   inside a row depends on T and d alone: equal bits for any number of threads.
 // Ladder: none measured yet.
 #include <algorithm>
 #include <cmath>
@@ -31,7 +35,7 @@ REFUSES(causal_attention, why_not)
 
 #define VQFAST_THIS_FILE "cpu/causal_attention.cpp"
 #include "foreach_isa.h"
-#include "attention_tiles.h"
+#include "tiled_attention.h"
 
 namespace vqfast::VQFAST_ISA {
 namespace {
@@ -43,8 +47,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Memory of one thread.
 struct Scratch {
-  int ld;       // d in whole vectors
-  int block;    // keys at a time, a multiple of kRows and of kLanes
+  int ld;     // d in whole vectors
+  int block;  // keys at a time, a multiple of kRows and of kLanes
   std::vector<float> q, k, v, strip, sum, top, total;
   explicit Scratch(int d)
       : ld(round_up(d, kLanes)),
@@ -58,15 +62,16 @@ struct Scratch {
         total(kChunk) {}
 };
 
-// Scores of one row to weights relative to the running maximum; columns from n on are not looked at.
-// Returns what the row's earlier sums have to be multiplied with.
+// Scores of one row to weights relative to the running maximum; columns from n on are not looked
+// at. Returns what the row's earlier sums have to be multiplied with.
 float soften(float* row, int n, float& top, float& total) {
   const int whole = n / kLanes * kLanes, rest = n - whole;
   VI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const VI inside = lane < rest;
   VF most = broadcast(top);
-  for (int j = 0; j < whole; j += kLanes) most = vmax(load(row + j), most);  // NaN is passed over here
+  for (int j = 0; j < whole; j += kLanes)
+    most = vmax(load(row + j), most);  // NaN is passed over here
   if (rest) most = vmax(inside ? load(row + whole) : most, most);
   const float before = top;
   top = reduce_max(most);
@@ -88,7 +93,8 @@ float soften(float* row, int n, float& top, float& total) {
   return keep;
 }
 
-// Tile of kRows rows from `at` in the chunk, against packed keys; `past` of them are before the tile's first row.
+// Tile of kRows rows from `at` in the chunk, against packed keys; `past` of them are before the
+// tile's first row.
 template <Steps S>
 void attend(Scratch& s, int d, int at, int past) {
   const int width = S == Steps::kFirst ? past + kRows : past;
@@ -102,8 +108,8 @@ void attend(Scratch& s, int d, int at, int past) {
     float* sum = s.sum.data() + (at + r) * s.ld;
     for (int t = 0; t < s.ld; t += kLanes) store(sum + t, load(sum + t) * keep);
   }
-  product<Walk::kAlongRow, S>(strip, s.block, s.v.data(), s.ld, past, s.sum.data() + at * s.ld, s.ld,
-                              s.ld);
+  product<Walk::kAlongRow, S>(strip, s.block, s.v.data(), s.ld, past, s.sum.data() + at * s.ld,
+                              s.ld, s.ld);
 }
 
 // Rows [begin, end) of one head; begin is a multiple of kRows.

@@ -1,15 +1,18 @@
 // Computes: with p_ij = exp(scale <q_i, k_j> - lse_i) for j <= i, delta_i = <grad_i, out_i> and
-//   s_ij = p_ij (<grad_i, v_j> - delta_i):  dv_j = sum_{i>=j} p_ij grad_i,  dk_j = scale sum_{i>=j} s_ij q_i,
-//   dq_i = scale sum_{j<=i} s_ij k_j, for grad, q, k, v, out [B, H, T, d], d <= 256, lse [B, H, T] float32.
-// Contract: any strides of grad, q, k, v and out, also expanded ones; the gradients are contiguous. A pair (i, j) with
-//   j > i is not used, whatever q_i, k_j and v_j hold.
-// Numerics: float32 throughout, one rounding to the output type. dk and dv add blocks of kRowBlock rows and dq blocks of
-//   kKeyBlock keys, so errors grow with the block and with T / block, not with T.
-// Shape of the code: a unit of work is a (batch, head), or for long sequences a range of its keys. For each block of keys
-//   it packs K in rows, K and V transposed, then walks the rows from the diagonal on: scores and <grad, v> of 6 rows
-//   into strips, p and s in place, then three products of strips with packed rows. dk and dv stay in scratch; dq gathers
-//   in float32 for the unit, and ranges are added in order afterwards. Which unit exists depends on T alone, so the
-//   bits do not depend on the number of threads. Five products of T^2 d / 2 multiply-adds.
+//   s_ij = p_ij (<grad_i, v_j> - delta_i):  dv_j = sum_{i>=j} p_ij grad_i,  dk_j = scale sum_{i>=j}
+//   s_ij q_i, dq_i = scale sum_{j<=i} s_ij k_j, for grad, q, k, v, out [B, H, T, d], d <= 256, lse
+//   [B, H, T] float32.
+// Contract: any strides of grad, q, k, v and out, also expanded ones; the gradients are contiguous.
+//   A pair (i, j) with j > i is not used, whatever q_i, k_j and v_j hold.
+// Numerics: float32 throughout, one rounding to the output type. dk and dv add blocks of kRowBlock
+//   rows and dq blocks of kKeyBlock keys, so errors grow with the block and with T / block, not
+//   with T.
+// Shape of the code: a unit of work is a (batch, head), or for long sequences a range of its keys.
+//   For each block of keys it packs K in rows, K and V transposed, then walks the rows from the
+//   diagonal on: scores and <grad, v> of 6 rows into strips, p and s in place, then three products
+//   of strips with packed rows. dk and dv stay in scratch; dq gathers in float32 for the unit, and
+//   ranges are added in order afterwards. Which unit exists depends on T alone, so the bits do not
+//   depend on the number of threads. Five products of T^2 d / 2 multiply-adds.
 // Ladder: none measured yet.
 #include <algorithm>
 #include <cmath>
@@ -32,14 +35,14 @@ REFUSES(causal_attention_backward, why_not)
 
 #define VQFAST_THIS_FILE "cpu/causal_attention_backward.cpp"
 #include "foreach_isa.h"
-#include "attention_tiles.h"
+#include "tiled_attention.h"
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
 using namespace attention;
 
-constexpr int kKeyBlock = 96;     // both are multiples of kRows; keys also of kLanes
+constexpr int kKeyBlock = 96;  // both are multiples of kRows; keys also of kLanes
 constexpr int kRowBlock = 48;
 constexpr int64_t kRange = 2016;  // keys of a unit, a multiple of kKeyBlock
 constexpr int64_t kMostRanges = 8;
@@ -54,8 +57,8 @@ struct Problem {
 
 // Memory of one thread.
 struct Scratch {
-  int ld;  // d in whole vectors
-  std::vector<float> k, kt, vt, dk, dv;         // a block of keys
+  int ld;                                        // d in whole vectors
+  std::vector<float> k, kt, vt, dk, dv;          // a block of keys
   std::vector<float> q, grad, p, s, lse, delta;  // a block of rows
   explicit Scratch(int d)
       : ld(round_up(d, kLanes)),
@@ -83,8 +86,9 @@ void pack_row_block(const Problem& x, int64_t begin, Scratch& s) {
   }
 }
 
-// For a row whose n keys are all in the strip: makes the sum of p exactly one again, and returns delta as sum p <grad, v>.
-// It is what the early rows need, where the roundings of lse and out would be most of the error.
+// For a row whose n keys are all in the strip: makes the sum of p exactly one again, and returns
+// delta as sum p <grad, v>. It is what the early rows need, where the roundings of lse and out
+// would be most of the error.
 float settle(float* p, const float* dots, int n) {
   VF total{}, along{};
   for (int j = 0; j < n; j += kLanes) total += load_n(p + j, std::min(kLanes, n - j));
@@ -99,8 +103,8 @@ float settle(float* p, const float* dots, int n) {
   return reduce_add(along);
 }
 
-// p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key block. whole > 0: the
-// tile's first row sees that many keys, and they are all in this block.
+// p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key
+// block. whole > 0: the tile's first row sees that many keys, and they are all in this block.
 void weigh(Scratch& m, int d, int at, int columns, int whole) {
   float *p = m.p.data() + at * kKeyBlock, *s = m.s.data() + at * kKeyBlock;
   dot_products(m.q.data() + at * m.ld, m.ld, m.kt.data(), kKeyBlock, d, p, kKeyBlock, columns);
@@ -110,12 +114,12 @@ void weigh(Scratch& m, int d, int at, int columns, int whole) {
     for (int j = 0; j < columns; j += kLanes)
       store(pr + j, exp_nonpositive(load(pr + j) - m.lse[at + r]));
     const float delta = whole > 0 ? settle(pr, sr, whole + r) : m.delta[at + r];
-    for (int j = 0; j < columns; j += kLanes)
-      store(sr + j, load(pr + j) * (load(sr + j) - delta));
+    for (int j = 0; j < columns; j += kLanes) store(sr + j, load(pr + j) * (load(sr + j) - delta));
   }
 }
 
-// Block of rows from `row` against the packed block of keys from `key`; `keys` of them exist. dq: the row block's.
+// Block of rows from `row` against the packed block of keys from `key`; `keys` of them exist. dq:
+// the row block's.
 void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m, float* dq) {
   const int d = x.q.d;
   // a tile of rows sees whole keys before itself, and its own triangle if that lies in this block
@@ -134,8 +138,8 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
       product<Walk::kAlongRow, Steps::kAll>(s, kKeyBlock, m.k.data(), m.ld, seen, dq + at * m.ld,
                                             m.ld, m.ld);
   }
-  const int rows = static_cast<int>(
-      std::min<int64_t>(kRowBlock, round_up<int64_t>(x.T - row, kRows)));
+  const int rows =
+      static_cast<int>(std::min<int64_t>(kRowBlock, round_up<int64_t>(x.T - row, kRows)));
   for (int j = 0; j < keys; j += kRows) {
     const int64_t first = key + j - row;  // of the rows that see the tile's first key
     if (first >= rows) break;
@@ -144,7 +148,8 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
     const float *grad = m.grad.data() + skip * m.ld, *q = m.q.data() + skip * m.ld;
     float *dv = m.dv.data() + j * m.ld, *dk = m.dk.data() + j * m.ld;
     if (first >= 0) {
-      product<Walk::kDownColumn, Steps::kFrom>(p, kKeyBlock, grad, m.ld, rows - skip, dv, m.ld, m.ld);
+      product<Walk::kDownColumn, Steps::kFrom>(p, kKeyBlock, grad, m.ld, rows - skip, dv, m.ld,
+                                               m.ld);
       product<Walk::kDownColumn, Steps::kFrom>(s, kKeyBlock, q, m.ld, rows - skip, dk, m.ld, m.ld);
     } else {
       product<Walk::kDownColumn, Steps::kAll>(p, kKeyBlock, grad, m.ld, rows, dv, m.ld, m.ld);
@@ -153,8 +158,8 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
   }
 }
 
-// Keys [begin, end), begin a multiple of kKeyBlock: dk and dv of the head that starts at `out_row`, and this range's part
-// of dq [T rounded up to kRowBlock][ld], which holds zeros.
+// Keys [begin, end), begin a multiple of kKeyBlock: dk and dv of the head that starts at `out_row`,
+// and this range's part of dq [T rounded up to kRowBlock][ld], which holds zeros.
 void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, const View& dv,
                int64_t out_row, Scratch& m, float* dq) {
   for (int64_t key = begin; key < end; key += kKeyBlock) {
@@ -175,7 +180,8 @@ void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, con
   }
 }
 
-// delta [B, H, T]. <grad, out> is rounded as <grad, v> is: a row that sees one key gets exactly zero for s.
+// delta [B, H, T]. <grad, out> is rounded as <grad, v> is: a row that sees one key gets exactly
+// zero for s.
 void row_deltas(const Args& a, const View& grad, const View& out, float* delta) {
   const int64_t H = grad.shape[1], T = grad.shape[2];
   const int d = static_cast<int>(grad.shape[3]);
@@ -193,7 +199,8 @@ void row_deltas(const Args& a, const View& grad, const View& out, float* delta) 
   });
 }
 
-// dq rows [begin, end) of the head that starts at `out_row`: the ranges' parts added in order, times scale.
+// dq rows [begin, end) of the head that starts at `out_row`: the ranges' parts added in order,
+// times scale.
 void write_dq(std::vector<float>& parts, int64_t part_size, int64_t range, int ld, float scale,
               int64_t begin, int64_t end, const View& dq, int64_t out_row) {
   for (int64_t i = begin; i < end; ++i) {
@@ -218,9 +225,14 @@ void run(const Args& a) {
   row_deltas(a, grad, out, delta.data());
   const auto problem = [&](int64_t head) {
     const int64_t b = head / H, h = head % H;
-    return Problem{head_of(grad, b, h),          head_of(q, b, h),       head_of(k, b, h),
-                   head_of(v, b, h),             lse.as<float>() + head * T, delta.data() + head * T,
-                   scale,                        T};
+    return Problem{head_of(grad, b, h),
+                   head_of(q, b, h),
+                   head_of(k, b, h),
+                   head_of(v, b, h),
+                   lse.as<float>() + head * T,
+                   delta.data() + head * T,
+                   scale,
+                   T};
   };
   const int64_t part_size = round_up<int64_t>(T, kRowBlock) * ld;
   const int64_t ranges = std::min(kMostRanges, (T + kRange - 1) / kRange);

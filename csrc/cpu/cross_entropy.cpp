@@ -1,11 +1,12 @@
-// Computes: for logits x [N, V] and targets t [N]: top_n = max_v x_nv, log_sum_n = log sum_v exp(x_nv - top_n) and
-//   loss_n = log_sum_n - (x_nt - top_n). Backward: dx_nv = grad_n (exp(x_nv - top_n - log_sum_n) - [v = t]).
-// Contract: a target outside 0..V-1 is never read through: loss NaN, and no one-hot term in the gradient. A row with NaN, or
-//   whose maximum is infinite, gives NaN. grad may be expanded.
-// Numerics: float32 over pieces of kPiece logits, float64 between pieces; top and log_sum stay apart, so a common offset
-//   of the logits costs no digits.
-// Shape of the code: one thread per row, maximum then exponentials (the second pass finds the row in L2); backward one pass.
-//   Bits do not depend on the number of threads.
+// Computes: for logits x [N, V] and targets t [N]: top_n = max_v x_nv, log_sum_n = log sum_v
+//   exp(x_nv - top_n) and loss_n = log_sum_n - (x_nt - top_n). Backward: dx_nv = grad_n (exp(x_nv -
+//   top_n - log_sum_n) - [v = t]).
+// Contract: a target outside 0..V-1 is never read through: loss NaN, and no one-hot term in the
+//   gradient. A row with NaN, or whose maximum is infinite, gives NaN. grad may be expanded.
+// Numerics: float32 over pieces of kPiece logits, float64 between pieces; top and log_sum stay
+//   apart, so a common offset of the logits costs no digits.
+// Shape of the code: one thread per row, maximum then exponentials (the second pass finds the row
+//   in L2); backward one pass. Bits do not depend on the number of threads.
 // Ladder: none measured yet.
 #include <algorithm>
 #include <cmath>
@@ -60,9 +61,10 @@ void forward(const Args& a) {
       const double log_total = std::log(row_sum(x, V, top[n]));
       log_sum[n] = static_cast<float>(log_total);
       const int64_t t = target[n];
-      loss[n] = t < 0 || t >= V
-                    ? kNan
-                    : static_cast<float>(log_total - (static_cast<double>(to_float(x[t])) - top[n]));
+      loss[n] =
+          t < 0 || t >= V
+              ? kNan
+              : static_cast<float>(log_total - (static_cast<double>(to_float(x[t])) - top[n]));
     }
   });
 }

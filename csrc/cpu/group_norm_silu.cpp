@@ -1,15 +1,19 @@
-// Computes: y = u * sigmoid(u), u = w_c * (x - mean_g) * rstd_g + b_c, over groups of C / G channels and all positions of
-//   x [B, C, *S]; rstd = 1 / sqrt(var + eps), biased. Backward: dx, dw, db from grad, x and the saved mean and rstd:
-//   du = grad * sigmoid(u) * (1 + u * (1 - sigmoid(u))), dx = rstd * (w du - mean(w du) - xhat * mean(w du xhat)).
-// Contract: x contiguous or channels-last (x[b][position][channel]); y, grad and dx lie as x does. w and b may have another
-//   type than x. mean and rstd [B, G] float32. NaN and infinities spread over their own group only.
-// Numerics: moments are taken about the mean of a block, from float32 differences to an element of the block, and blocks are
-//   merged in float64 (Chan): a large offset costs no digits. Sums of the backward pass: float32 per block, float64
-//   between blocks. Apart from that float32, rounded once to the output type.
-// Shape of the code: contiguous, a unit of work is a (sample, group): its values are read for the moments, then again (from
-//   cache where a group fits) for y. Channels-last, a unit is a run of positions of all channels, with one accumulator
-//   per channel in L1; the runs' moments are merged in order between two parallel passes. What a unit is depends on the
-//   shape alone: equal bits for any number of threads.
+// Computes: y = u * sigmoid(u), u = w_c * (x - mean_g) * rstd_g + b_c, over groups of C / G
+//   channels and all positions of x [B, C, *S]; rstd = 1 / sqrt(var + eps), biased. Backward: dx,
+//   dw, db from grad, x and the saved mean and rstd: du = grad * sigmoid(u) * (1 + u * (1 -
+//   sigmoid(u))), dx = rstd * (w du - mean(w du) - xhat * mean(w du xhat)).
+// Contract: x contiguous or channels-last (x[b][position][channel]); y, grad and dx lie as x does.
+//   w and b may have another type than x. mean and rstd [B, G] float32. NaN and infinities spread
+//   over their own group only.
+// Numerics: moments are taken about the mean of a block, from float32 differences to an element of
+//   the block, and blocks are merged in float64 (Chan): a large offset costs no digits. Sums of the
+//   backward pass: float32 per block, float64 between blocks. Apart from that float32, rounded once
+//   to the output type.
+// Shape of the code: contiguous, a unit of work is a (sample, group): its values are read for the
+//   moments, then again (from cache where a group fits) for y. Channels-last, a unit is a run of
+//   positions of all channels, with one accumulator per channel in L1; the runs' moments are merged
+//   in order between two parallel passes. What a unit is depends on the shape alone: equal bits for
+//   any number of threads.
 // Ladder: none measured yet.
 #include <algorithm>
 #include <cmath>
@@ -33,7 +37,7 @@ inline bool lies_as(const View& x, bool last) {
   int64_t expected = 1;
   const auto dense = [&](int i) {
     const bool right = x.shape[i] == 1 || x.stride[i] == expected;
-    expected *= x.shape[i];
+    expected *= std::max<int64_t>(1, x.shape[i]);
     return right;
   };
   bool right = !last || dense(1);
@@ -50,7 +54,6 @@ inline Shape shape_of(const View& x, int64_t groups) {
 
 namespace {
 const char* layout_refusal(const View& x) {
-  if (x.numel() == 0) return "nothing to normalise";
   return lies_as(x, false) || lies_as(x, true) ? nullptr : "neither contiguous nor channels-last";
 }
 const char* forward_refusal(const Args& a) { return layout_refusal(a.t[0]); }
@@ -76,7 +79,7 @@ namespace {
 
 using group_norm::Shape;
 
-constexpr int64_t kBlock = 4096;       // values summed in float32 before float64 takes over
+constexpr int64_t kBlock = 4096;         // values summed in float32 before float64 takes over
 constexpr int64_t kRunValues = 1 << 16;  // values of a channels-last run
 
 VQFAST_INLINE VI lanes_below(int n) {
@@ -123,7 +126,8 @@ void narrow(const std::vector<double>& from, const View& v) {
   }
 }
 
-// What one value needs; vectors of equal entries (contiguous) or one entry per channel (channels last).
+// What one value needs; vectors of equal entries (contiguous) or one entry per channel (channels
+// last).
 struct Affine {
   VF mean, rstd, w, b;
 };
@@ -139,7 +143,7 @@ VQFAST_INLINE VF activate(VF x, const Affine& p) {
   return u / (1.0f + vexp(-u));
 }
 
-// ---- contiguous -------------------------------------------------------------------------------------------------------
+// ---- contiguous ---------------------------------------------------------------------------------
 
 template <class T>
 void add_block(const T* x, int64_t n, Moments& into) {
@@ -147,13 +151,15 @@ void add_block(const T* x, int64_t n, Moments& into) {
   VF sum{};
   vectors(n, [&](int64_t i, int width) { sum += load_n(x + i, width, first) - first; });
   const float mean = reduce_add(sum) / static_cast<float>(n);
-  VF square{};
+  VF square{}, drift{};  // drift: what rounding left in the mean
   vectors(n, [&](int64_t i, int width) {
     VF gap = load_n(x + i, width) - first - mean;
     if (width < kLanes) gap = lanes_below(width) ? gap : VF{};
     square = fma(gap, gap, square);
+    drift += gap;
   });
-  into.merge(static_cast<double>(n), static_cast<double>(first) + mean, reduce_add(square));
+  into.merge(static_cast<double>(n), static_cast<double>(first) + mean + reduce_add(drift) / n,
+             reduce_add(square));
 }
 
 template <class T>
@@ -171,7 +177,8 @@ void forward_contiguous(const Args& a, const Shape& s, const std::vector<float>&
       rstd[unit] = static_cast<float>(1.0 / std::sqrt(m.m2 / m.n + eps));
       for (int64_t j = 0; j < s.per(); ++j) {
         const int64_t c = unit % s.G * s.per() + j;
-        const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]), broadcast(b[c])};
+        const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]),
+                       broadcast(b[c])};
         vectors(s.S, [&](int64_t i, int width) {
           store_n(y + j * s.S + i, activate(load_n(x + j * s.S + i, width), p), width);
         });
@@ -195,7 +202,8 @@ void backward_contiguous(const Args& a, const Shape& s, const std::vector<float>
           const int64_t c = unit % s.G * s.per() + j, at = unit * s.per() + j;  // at = b * C + c
           const T *grad = a.t[0].as<T>() + at * s.S, *x = a.t[1].as<T>() + at * s.S;
           T* dx = a.t[6].as<T>() + at * s.S;
-          const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]), broadcast(b[c])};
+          const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]),
+                         broadcast(b[c])};
           if (pass == 1) {
             vectors(s.S, [&](int64_t i, int width) {
               const Slope g = slope(load_n(x + i, width), load_n(grad + i, width), p);
@@ -223,7 +231,7 @@ void backward_contiguous(const Args& a, const Shape& s, const std::vector<float>
   });
 }
 
-// ---- channels last ----------------------------------------------------------------------------------------------------
+// ---- channels last ------------------------------------------------------------------------------
 
 // Positions per run and runs per sample.
 struct Runs {
@@ -247,7 +255,7 @@ void each_run(int threads, const Shape& s, const Runs& runs, F&& f) {
 // moments [G] of one run of `rows` positions
 template <class T>
 void run_moments(const T* x, int64_t rows, const Shape& s, Moments* moments) {
-  std::vector<float> shift(s.C), mean(s.C), square(s.C);
+  std::vector<float> shift(s.C), mean(s.C), square(s.C), drift(s.C);
   for (int64_t c = 0; c < s.C; ++c) shift[c] = to_float(x[c]);
   for (int64_t r = 0; r < rows; ++r)
     vectors(s.C, [&](int64_t c, int width) {
@@ -260,9 +268,11 @@ void run_moments(const T* x, int64_t rows, const Shape& s, Moments* moments) {
       const VF gap =
           load_n(x + r * s.C + c, width) - load_n(&shift[c], width) - load_n(&mean[c], width);
       store_n(&square[c], fma(gap, gap, load_n(&square[c], width)), width);
+      store_n(&drift[c], load_n(&drift[c], width) + gap, width);
     });
   for (int64_t c = 0; c < s.C; ++c)
-    moments[c / s.per()].merge(static_cast<double>(rows), static_cast<double>(shift[c]) + mean[c],
+    moments[c / s.per()].merge(static_cast<double>(rows),
+                               static_cast<double>(shift[c]) + mean[c] + drift[c] / rows,
                                square[c]);
 }
 
@@ -352,7 +362,7 @@ void backward_last(const Args& a, const Shape& s, const std::vector<float>& w,
   });
 }
 
-// ---- entry points -----------------------------------------------------------------------------------------------------
+// ---- entry points -------------------------------------------------------------------------------
 
 template <class T>
 void forward(const Args& a) {

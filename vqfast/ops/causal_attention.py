@@ -1,16 +1,16 @@
 """Causal self-attention.
 
-out_i = Σ_{j≤i} softmax_j(scale · ⟨q_i, k_j⟩) v_j        lse_i = log Σ_{j≤i} exp(scale · ⟨q_i, k_j⟩)
+out_i = Σ_{j≤i} softmax_j(scale · ⟨q_i, k_j⟩) v_j     lse_i = log Σ_{j≤i} exp(scale · ⟨q_i, k_j⟩)
 
-      key j →                  Row i sees keys 0..i. What stands in a slot of the future is never used: it may be NaN or
-    1 . . .                    infinite and the result is equal, bit for bit, to the one with zeros there.
-  i 1 1 . .
+      key j →       Row i sees keys 0..i. What stands in a slot of the future is never used: it
+    1 . . .         may be NaN or infinite, and the result is equal, bit for bit, to the one with
+  i 1 1 . .         zeros there.
   ↓ 1 1 1 .
     1 1 1 1
 
-Cost: 2·B·H·T·(T+1)·d flops forward and 2.5 times that backward; reads q, k, v once per block of rows, holds blocks of
-T x T only.
-Source: arXiv:1706.03762 section 3.2.1; the online softmax and its backward as in arXiv:2205.14135 and 2307.08691.
+Cost: 2·B·H·T·(T+1)·d flops forward and 2.5 times that backward; reads q, k, v once per block of
+rows and holds blocks of T x T only.
+Source: arXiv:1706.03762 section 3.2.1; online softmax and backward: arXiv:2205.14135, 2307.08691.
 """
 
 import math
@@ -60,22 +60,28 @@ def _row_chunks(q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         yield slice(begin, end), slice(0, end), at > at[begin:, None]
 
 
+def _attend(q: Tensor, k: Tensor, future: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, rows, keys], zero in the future, and lse [B, H, rows]."""
+    scores = (q * scale) @ k.transpose(-1, -2)  # [B, H, rows, keys]
+    scores = scores.masked_fill(future, -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0, top)  # nothing to attend to: every weight is zero
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    # an empty sum counts as +inf, so that exp(score - lse) is zero
+    lse = torch.where(total == 0, math.inf, top + total.log())
+    return weights / torch.where(total == 0, 1, total), lse[..., 0]
+
+
 def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q, k, v, scale)
     q, k, v = _wide(q, k, v)  # [B, H, T, d]
-    seen_bad = (~v.isfinite()).cumsum(2) > 0  # [B, H, T, d]: a row that sees a bad value shows it
+    sees_bad = (~v.isfinite()).cumsum(2) > 0  # [B, H, T, d]: a row that sees a bad value shows it
     v = _finite(v)
     for rows, keys, future in _row_chunks(q):
-        scores = (q[:, :, rows] * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, H, rows, keys]
-        scores = scores.masked_fill(future, -math.inf)
-        top = scores.amax(-1, keepdim=True)
-        top = torch.where(top == -math.inf, 0, top)  # nothing to attend to: every weight is zero
-        weights = (scores - top).exp()
-        total = weights.sum(-1, keepdim=True)
-        mean = (weights @ v[:, :, keys]) / torch.where(total == 0, 1, total)  # [B, H, rows, d]
-        out[:, :, rows] = mean.masked_fill(seen_bad[:, :, rows], math.nan).to(out.dtype)
-        # an empty sum counts as +inf, which makes exp(score - lse) zero in the backward pass
-        lse[:, :, rows] = torch.where(total == 0, math.inf, top + total.log())[..., 0]
+        weights, lse[:, :, rows] = _attend(q[:, :, rows], k[:, :, keys], future, scale)
+        mean = weights @ v[:, :, keys]  # [B, H, rows, d]
+        out[:, :, rows] = mean.masked_fill(sees_bad[:, :, rows], math.nan).to(out.dtype)
     return out, lse
 
 
@@ -87,14 +93,14 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 def _reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # out and lse spare a kernel the normalisation; here it is done again, which is more accurate
     grads = _outputs_backward(grad, q, k, v, out, lse, scale)
     grad, q, k, v = _wide(grad, q, k, v)  # [B, H, T, d]
     q_clean, k_clean = _finite(q), _finite(k)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, keys, future in _row_chunks(q):
-        q_rows, up = q[:, :, rows], grad[:, :, rows]  # [B, H, rows, d]
-        scores = (q_rows * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, H, rows, keys]
-        weights = (scores - lse[:, :, rows, None]).exp().masked_fill(future, 0)
+        weights, _ = _attend(q[:, :, rows], k[:, :, keys], future, scale)  # [B, H, rows, keys]
+        up = grad[:, :, rows]  # [B, H, rows, d]
         d_weights = (up @ v[:, :, keys].transpose(-1, -2)).masked_fill(future, 0)
         delta = (weights * d_weights).sum(-1, keepdim=True)  # = <grad, out>, [B, H, rows, 1]
         d_scores = weights * (d_weights - delta) * scale
@@ -118,8 +124,8 @@ _OP = Op(
     outputs=_outputs,
 )
 _BACKWARD = Op(
-    "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     outputs=_outputs_backward,
 )
@@ -148,8 +154,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     out_i = Σ_{j≤i} softmax_j(scale · ⟨q_i, k_j⟩) v_j
 
     Args:
-        q: [B, H, T, d] float32, float16 or bfloat16 (float64 on the reference). Any strides: views of a packed QKV
-            tensor and expanded heads are read in place; a contiguous last dim is fastest.
+        q: [B, H, T, d] float32, float16 or bfloat16 (float64 on the reference). Any strides: views
+            of a packed QKV tensor and expanded heads are read in place; a contiguous last dim is
+            fastest.
         k: like q.
         v: like q.
         scale: factor of the scores, finite; None means 1/√d.
@@ -158,12 +165,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
         [B, H, T, d], contiguous, dtype of q. Differentiable once in q, k and v.
 
     Raises:
-        TypeError: q, k or v is not a floating-point tensor, or their dtypes differ; scale is not a number.
+        TypeError: q, k or v is not a floating-point tensor, or their dtypes differ; scale is not a
+            number.
         ValueError: q is not 4-D, shapes or devices differ, d = 0, or scale is not finite.
 
-    Numerics: float32 sums, and no rounding of the weights, for every input dtype; the error against float64 is at most twice
-        (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the future may hold NaN. Equal
-        results from run to run and for any number of threads. A row whose scores are all -inf gives zeros.
+    Numerics: float32 sums and weights for every input dtype; the error against float64 is at most
+        twice (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the
+        future may hold NaN. Equal results from run to run and for any number of threads. A row
+        whose scores are all -inf gives zeros.
     Cost: 2·B·H·T·(T+1)·d flops, 2.5 times that backward; extra memory grows with T, never with T².
     Source: arXiv:1706.03762 section 3.2.1.
     """
@@ -176,6 +185,14 @@ def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
     size = [case.shape[n] for n in "BHTd"]
     q, k, v = (torch.randn(size, generator=g).to(device, dtype) for _ in range(3))
     return q, k, v, 1 / math.sqrt(size[-1])
+
+
+def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Inputs of the raw backward op for the same case."""
+    *qkv, scale = sample_inputs(case, dtype, device)
+    out, lse = _OP(*qkv, scale)
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=g).to(device, dtype), *qkv, out, lse, scale
 
 
 def COST(case: Any) -> tuple[int, int]:

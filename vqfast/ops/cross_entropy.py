@@ -2,10 +2,11 @@
 
 loss_n = log Σ_v exp(x_nv) − x_nt        ∂loss_n/∂x_nv = exp(x_nv − top_n − log_sum_n) − [v = t]
 
-The normaliser is kept in two parts, top_n = max_v x_nv and log_sum_n = log Σ_v exp(x_nv − top_n): their float32 sum would
-lose the digits of log_sum when the logits are large.
+The normaliser is kept in two parts, top_n = max_v x_nv and log_sum_n = log Σ_v exp(x_nv − top_n):
+their float32 sum would lose the digits of log_sum when the logits are large.
 
-Cost: reads the logits once forward (a row stays in cache between its two passes); one read and one write backward.
+Cost: reads the logits once forward (a row stays in cache between its two passes); one read and one
+write backward.
 Source: the definition; torch.nn.functional.cross_entropy for the meaning of the arguments.
 """
 
@@ -90,7 +91,8 @@ _OP = Op(
     outputs=_outputs,
 )
 _BACKWARD = Op(
-    "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor top, Tensor log_sum) -> Tensor",
+    "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor top, Tensor log_sum)"
+    " -> Tensor",
     reference=_reference_backward,
     outputs=_outputs_backward,
 )
@@ -115,7 +117,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -
     loss_n = log Σ_v exp(x_nv) − x_nt
 
     Args:
-        logits: [..., V] float32, float16 or bfloat16 (float64 on the reference); contiguous for no copy.
+        logits: [..., V] float32, float16 or bfloat16 (float64 on the reference); contiguous for no
+            copy.
         targets: [...] integers in 0..V-1.
         reduction: "mean", "sum" or "none".
 
@@ -124,11 +127,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -
 
     Raises:
         TypeError: logits are not floating point, or targets are not integers.
-        ValueError: shapes or devices disagree, V = 0, unknown reduction, or a target out of range (under torch.compile
-            and on the meta device the range is not looked at: there such a target gives NaN, never a wild read).
+        ValueError: shapes or devices disagree, V = 0, unknown reduction, or a target out of range
+            (under torch.compile and on the meta device the range is not looked at: there such a
+            target gives NaN, never a wild read).
 
-    Numerics: float32 sums over a row, the largest logit taken out first; the loss is accurate also when the logits
-        share a large offset. A row of which the largest logit is not finite gives NaN.
+    Numerics: float32 sums over a row, the largest logit taken out first; the loss is accurate also
+        when the logits share a large offset. A row whose largest logit is not finite gives NaN.
     Cost: reads N·V values; backward reads and writes N·V.
     Source: torch.nn.functional.cross_entropy.
     """
@@ -146,6 +150,14 @@ def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
     N, V = case.shape["N"], case.shape["V"]
     logits = 3 * torch.randn(N, V, generator=g)
     return logits.to(device, dtype), torch.randint(V, (N,), generator=g).to(device)
+
+
+def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Inputs of the raw backward op for the same case."""
+    logits, targets = sample_inputs(case, dtype, device)
+    loss, top, log_sum = _OP(logits, targets)
+    grad = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    return grad, logits, targets, top, log_sum
 
 
 def COST(case: Any) -> tuple[int, int]:

@@ -1,15 +1,16 @@
 """Group normalisation followed by SiLU, in one pass over memory more than a copy.
 
-x̂ = (x − mean_g) · rstd_g,   u = w_c · x̂ + b_c,   y = u · σ(u),      rstd = 1 / √(var + eps), biased variance
+x̂ = (x − mean_g) · rstd_g,   u = w_c · x̂ + b_c,   y = u · σ(u),   rstd = 1 / √(var + eps)
 
-mean and variance are taken over the C/groups channels of a group and all positions. Backward, with
-du = dy · σ(u) · (1 + u · (1 − σ(u))) and n values in a group:
+mean and (biased) variance are taken over the C/groups channels of a group and all positions.
+Backward, with du = dy · σ(u) · (1 + u · (1 − σ(u))) and n values in a group:
 
 dw_c = Σ du · x̂,   db_c = Σ du,   dx = rstd · (w·du − Σ_g(w·du)/n − x̂ · Σ_g(w·du·x̂)/n)
 
-Cost: reads x twice and writes y (the second read comes from cache where a group fits); backward reads x and dy twice.
-Source: arXiv:1803.08494 eq. 1-7; CompVis/taming-transformers taming/modules/diffusionmodules/model.py (Normalize,
-nonlinearity).
+Cost: reads x twice and writes y (the second read comes from cache where a group fits); backward
+reads x and dy twice.
+Source: arXiv:1803.08494 eq. 1-7; CompVis/taming-transformers
+taming/modules/diffusionmodules/model.py (Normalize, nonlinearity).
 """
 
 from typing import Any
@@ -112,13 +113,14 @@ def _outputs_backward(
 
 
 _OP = Op(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor, Tensor)",
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     outputs=_outputs,
 )
 _BACKWARD = Op(
-    "group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups)"
-    " -> (Tensor, Tensor, Tensor)",
+    "group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
+    " Tensor rstd, int groups) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     outputs=_outputs_backward,
 )
@@ -152,8 +154,8 @@ def group_norm_silu(
     y = u · σ(u),   u = w_c · (x − mean_g) / √(var_g + eps) + b_c
 
     Args:
-        x: [B, C, *positions] float32, float16 or bfloat16 (float64 on the reference), 2 to 6 dims. Contiguous and
-            channels-last layouts are read in place; any other is copied.
+        x: [B, C, *positions] float32, float16 or bfloat16 (float64 on the reference), 2 to 6 dims.
+            Contiguous and channels-last layouts are read in place; any other is copied.
         weight: [C] floating point; may be wider than x, as under autocast.
         bias: [C] likewise.
         groups: divides C.
@@ -163,11 +165,14 @@ def group_norm_silu(
         y like x: shape, dtype and layout. Differentiable once in x, weight and bias.
 
     Raises:
-        TypeError: x, weight or bias is not a floating-point tensor; groups is not an int; eps is not a number.
-        ValueError: wrong number of dims, groups does not divide C, weight or bias is not [C], devices differ, eps < 0.
+        TypeError: x, weight or bias is not a floating-point tensor; groups is not an int; eps is
+            not a number.
+        ValueError: wrong number of dims, groups does not divide C, weight or bias is not [C],
+            devices differ, eps < 0.
 
-    Numerics: mean and variance are merged in float64 from blocks of float32 sums about the block's own mean, so a large offset
-        costs no digits; everything after them is float32 and rounded once. Equal results for any number of threads.
+    Numerics: mean and variance are merged in float64 from blocks of float32 sums about the block's
+        own mean, so a large offset costs no digits; everything after them is float32 and rounded
+        once. Equal results for any number of threads.
     Cost: two reads of x and one write; 2 reads of x and grad and one write backward.
     Source: arXiv:1803.08494; taming/modules/diffusionmodules/model.py (Normalize, nonlinearity).
     """
@@ -183,6 +188,15 @@ def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
     x = torch.randn(B, C, H, W, generator=g)
     weight, bias = 1 + 0.1 * torch.randn(C, generator=g), 0.1 * torch.randn(C, generator=g)
     return *(t.to(device, dtype) for t in (x, weight, bias)), groups, 1e-6
+
+
+def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Inputs of the raw backward op for the same case."""
+    x, weight, bias, groups, eps = sample_inputs(case, dtype, device)
+    _, mean, rstd = _OP(x, weight, bias, groups, eps)
+    g = torch.Generator().manual_seed(1)
+    grad = torch.randn(x.shape, generator=g).to(device, dtype)
+    return grad, x, weight, bias, mean, rstd, groups
 
 
 def COST(case: Any) -> tuple[int, int]:

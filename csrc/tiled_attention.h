@@ -1,13 +1,16 @@
-// Register tiles and packing that both attention kernels are made of. Included once per instruction set, after simd.h.
+// Register tiles and packing that both attention kernels are made of. Included once per instruction
+// set, after simd.h.
 //
-// Blocks of q, k, v and of the upstream gradient are packed into float32 scratch, padded with zeros to whole vectors and
-// whole tiles of kRows rows; everything after that is `product` on packed blocks.
+// Blocks of q, k, v and of the upstream gradient are packed into float32 scratch, padded with zeros
+// to whole vectors and whole tiles of kRows rows; everything after that is `product` on packed
+// blocks.
 //
-// A tile keeps kRows x kVecs vectors in registers: 6 x 4 of 32 with AVX-512, 6 x 2 of 16 otherwise; a step loads kVecs
-// vectors and broadcasts kRows floats for kRows * kVecs multiply-adds.
+// A tile keeps kRows x kVecs vectors in registers: 6 x 4 of 32 with AVX-512, 6 x 2 of 16 otherwise;
+// a step loads kVecs vectors and broadcasts kRows floats for kRows * kVecs multiply-adds.
 //
-// The causal diagonal is a triangle inside a tile, unrolled at compile time: a slot of the future is not multiplied by
-// zero, it is not read. So NaN there cannot leak, and no multiplication is spent on it.
+// The causal diagonal is a triangle inside a tile, unrolled at compile time: a slot of the future
+// is not multiplied by zero, it is not read. So NaN there cannot leak, and no multiplication is
+// spent on it.
 
 #include "simd.h"
 
@@ -21,7 +24,8 @@ constexpr Int round_up(Int n, Int to) {
   return (n + to - 1) / to * to;
 }
 
-// e^x for x <= 0 (up to rounding); 0 below -87.3, NaN stays; other arguments give garbage, never a trap
+// e^x for x <= 0 (up to rounding); 0 below -87.3, NaN stays; other arguments give garbage, never a
+// trap
 VQFAST_INLINE VF exp_nonpositive(VF x) {
   const VF low = broadcast(-87.33654f);
   const VF c = x < low ? low : x;
@@ -41,12 +45,12 @@ VQFAST_INLINE VF exp_nonpositive(VF x) {
   return x < low ? VF{} : p;
 }
 
-// ---- c[r][:] += sum_t a(r, t) b[t][:] for kRows rows ------------------------------------------------------------------
+// ---- c[r][:] += sum_t a(r, t) b[t][:] for kRows rows --------------------------------------------
 
 // How a(r, t) lies in memory: a[r * lda + t], or a[t * lda + r].
 enum class Walk { kAlongRow, kDownColumn };
-// Which steps a row takes. kAll: t in [0, n). kFirst: t in [0, n + r], the last kRows steps being the diagonal.
-// kFrom: t in [r, n), the first kRows steps being the diagonal.
+// Which steps a row takes. kAll: t in [0, n). kFirst: t in [0, n + r], the last kRows steps being
+// the diagonal. kFrom: t in [r, n), the first kRows steps being the diagonal.
 enum class Steps { kAll, kFirst, kFrom };
 
 template <int NV, Walk W>
@@ -95,8 +99,8 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n
   int vectors = columns / kLanes;
   while (vectors > 0) {
     // five vectors go as 3 + 2: a tile one vector wide would wait for its loads
-    const int take = vectors >= 2 * kVecs || vectors <= kVecs ? std::min(vectors, kVecs)
-                                                              : (vectors + 1) / 2;
+    const int take =
+        vectors >= 2 * kVecs || vectors <= kVecs ? std::min(vectors, kVecs) : (vectors + 1) / 2;
     if (take == 1) tile<1, W, S>(a, lda, b, ldb, n, c, ldc);
     if (take == 2) tile<2, W, S>(a, lda, b, ldb, n, c, ldc);
     if constexpr (kVecs == 4) {
@@ -109,8 +113,8 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n
   }
 }
 
-// c[r][j] = <row r of a, column j of b> over d elements, both packed. The sum goes in pieces of kPiece: the error of one
-// long chain would grow with d.
+// c[r][j] = <row r of a, column j of b> over d elements, both packed. The sum goes in pieces of
+// kPiece: the error of one long chain would grow with d.
 constexpr int kPiece = 32;
 
 inline void dot_products(const float* a, int64_t lda, const float* b, int64_t ldb, int d, float* c,
@@ -135,7 +139,7 @@ inline void column_dots(const float* a, const float* b, int64_t ld, int d, float
   }
 }
 
-// ---- packing ----------------------------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------
 
 // One (batch, head) of a [B, H, T, d] view.
 struct Head {
@@ -170,7 +174,8 @@ VQFAST_INLINE VF load_piece(const T* row, int64_t col, int t, int d) {
   return v;
 }
 
-// dst [padded][ld]: rows [begin, begin + n) times `factor`, zeros up to `padded` rows and ld columns.
+// dst [padded][ld]: rows [begin, begin + n) times `factor`, zeros up to `padded` rows and ld
+// columns.
 inline void pack_rows(const Head& x, int64_t begin, int64_t n, int64_t padded, float factor,
                       float* dst, int ld) {
   with_type(x, [&](const auto* data) {
@@ -217,7 +222,8 @@ VQFAST_INLINE void transpose(VF (&m)[kLanes]) {
   if constexpr (kLanes >= 16) transpose_step<8>(m);
 }
 
-// dst [round_up(d, kLanes)][ld]: column j is row begin + j; zero columns from n up to a whole vector of `padded`.
+// dst [round_up(d, kLanes)][ld]: column j is row begin + j; zero columns from n up to a whole
+// vector of `padded`.
 inline void pack_transposed(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst,
                             int64_t ld) {
   with_type(x, [&](const auto* data) {
@@ -234,7 +240,8 @@ inline void pack_transposed(const Head& x, int64_t begin, int64_t n, int64_t pad
   });
 }
 
-// d elements of src, divided by `divisor` and rounded to the type of the contiguous [B, H, T, d] output, at `row` of it.
+// d elements of src, divided by `divisor` and rounded to the type of the contiguous [B, H, T, d]
+// output, at `row` of it.
 inline void write_row(const View& out, int64_t row, const float* src, float divisor) {
   const int d = static_cast<int>(out.shape[3]);
   const auto write = [&](auto* dst) {
@@ -246,7 +253,8 @@ inline void write_row(const View& out, int64_t row, const float* src, float divi
   if (out.dtype == DType::bf16) write(out.as<bf16>());
 }
 
-// Heavy and light of n pieces in turn (0, n-1, 1, n-2, ...): a contiguous share of them is a fair one.
+// Heavy and light of n pieces in turn (0, n-1, 1, n-2, ...): a contiguous share of them is a fair
+// one.
 VQFAST_INLINE int64_t fold(int64_t i, int64_t n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
 
 }  // namespace vqfast::VQFAST_ISA::attention
