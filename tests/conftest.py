@@ -2,10 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
-from vqfast import _dispatch, _native
+import vqfast
+from vqfast import _dispatch, _native, cli, images
+from vqfast.models import conditioning
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +63,65 @@ def shared_data():
     if not os.path.isdir(folder):
         pytest.skip("../shared/data is absent")
     return os.path.abspath(folder)
+
+
+# ---- the command line on small random models
+
+
+@pytest.fixture
+def run_cli(capfd, tmp_path, monkeypatch):
+    """run_cli(*arguments) -> (exit code, stdout, stderr), in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """Folder of a random tokenizer: 2 pixels per code, 16 codes, resolution 16."""
+    torch.manual_seed(1)
+    config = vqfast.VQGANConfig(
+        ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=8,
+        n_embed=16, embed_dim=4,
+    )  # fmt: skip
+    model = vqfast.VQGAN(config)
+    with torch.no_grad():
+        model.quantize.embedding.weight.normal_()
+    folder = tmp_path_factory.mktemp("models") / "tokenizer"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory, tiny_tokenizer):
+    """Folder of a random class-conditional pipeline: 16 x 16 images, classes ant, bee, cat."""
+    torch.manual_seed(2)
+    first = vqfast.VQGAN.from_pretrained(tiny_tokenizer)
+    gpt = vqfast.GPT(vqfast.GPTConfig(16, 64, n_layer=1, n_head=2, n_embd=16))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.normal_(0, 0.3)
+    classes = {"kind": "class", "n_classes": 3, "class_names": ["ant", "bee", "cat"]}
+    folder = tmp_path_factory.mktemp("models") / "pipeline"
+    condition = conditioning.build(classes, first)
+    vqfast.Pipeline(first, gpt, condition).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_pictures(tmp_path_factory):
+    """Two smooth 20 x 28 PNGs, alone in their folder."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    paths = []
+    for i in range(2):
+        small = images.array_to_image(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8))
+        paths.append(folder / f"{i}.png")
+        images.save_png(images.resize_center_crop(small, (20, 28)), paths[-1])
+    return paths

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import vqfast
-from vqfast import checkpoints, cli
+from vqfast import checkpoints
 
 NETWORK = {
     "ch": 32, "out_ch": 3, "in_channels": 3, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -30,32 +30,18 @@ def state():
     return {k: torch.randn_like(v) for k, v in made.items()}
 
 
-@pytest.fixture
-def run(capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capfd.readouterr()
-        code = cli.main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
-
-
 def taming_file(path, state, tree=TREE):
     torch.save({"state_dict": state, "global_step": 7}, path)
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": tree}))
     return path
 
 
-def test_taming_to_native_and_back_keeps_every_bit(run, tmp_path, state):
+def test_taming_to_native_and_back_keeps_every_bit(run_cli, tmp_path, state):
     taming_file(tmp_path / "m.ckpt", state | {"loss.x": torch.ones(1)})
-    code, out, _ = run("convert", "m.ckpt", "native", "--json")
+    code, out, _ = run_cli("convert", "m.ckpt", "native", "--json")
     said = json.loads(out)
     assert code == 0 and said["ignored"] == ["loss.x"] and said["changed"] == []
-    assert run("convert", "native", "back.ckpt", "--to", "taming")[0] == 0
+    assert run_cli("convert", "native", "back.ckpt", "--to", "taming")[0] == 0
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)
     assert back["global_step"] == 7
     assert back["state_dict"].keys() == state.keys()
@@ -67,7 +53,7 @@ def test_taming_to_native_and_back_keeps_every_bit(run, tmp_path, state):
         assert torch.equal(model.encode(x), first.encode(x))
 
 
-def test_a_pipeline_converts_as_a_whole(run, tmp_path, state):
+def test_a_pipeline_converts_as_a_whole(run_cli, tmp_path, state):
     gpt = vqfast.GPT(vqfast.GPTConfig(16, 64, n_layer=1, n_head=2, n_embd=8)).state_dict()
     whole = {f"first_stage_model.{k}": v for k, v in state.items()}
     whole |= {f"transformer.{k}": v for k, v in gpt.items()}
@@ -88,19 +74,19 @@ def test_a_pipeline_converts_as_a_whole(run, tmp_path, state):
         },
     }  # fmt: skip
     taming_file(tmp_path / "p.ckpt", whole, tree)
-    assert run("convert", "p.ckpt", "native")[0] == 0
-    assert run("convert", "native", "back.ckpt", "--to", "taming")[0] == 0
+    assert run_cli("convert", "p.ckpt", "native")[0] == 0
+    assert run_cli("convert", "native", "back.ckpt", "--to", "taming")[0] == 0
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert back.keys() == whole.keys() and all(torch.equal(back[k], whole[k]) for k in whole)
 
 
-def test_missing_weights_stop_it_unless_partial_is_asked_for(run, tmp_path, state):
+def test_missing_weights_stop_it_unless_partial_is_asked_for(run_cli, tmp_path, state):
     less = {k: v for k, v in state.items() if k != LOST} | {"encoder.extra": torch.ones(1)}
     taming_file(tmp_path / "m.ckpt", less)
-    code, _, err = run("convert", "m.ckpt", "native")
+    code, _, err = run_cli("convert", "m.ckpt", "native")
     assert code == 1 and f"missing {LOST}" in err and "unexpected encoder.extra" in err
     assert not (tmp_path / "native").exists()
-    code, out, _ = run("convert", "m.ckpt", "native", "--allow-partial")
+    code, out, _ = run_cli("convert", "m.ckpt", "native", "--allow-partial")
     assert code == 0 and f"missing {LOST}" in out
     found = checkpoints.read(tmp_path / "native")
     assert not found.tensors[LOST].any()
@@ -108,38 +94,38 @@ def test_missing_weights_stop_it_unless_partial_is_asked_for(run, tmp_path, stat
     vqfast.VQGAN.from_pretrained(tmp_path / "native")
 
 
-def test_existing_output_is_refused(run, tmp_path, state):
+def test_existing_output_is_refused(run_cli, tmp_path, state):
     taming_file(tmp_path / "m.ckpt", state)
-    assert run("convert", "m.ckpt", "native")[0] == 0
+    assert run_cli("convert", "m.ckpt", "native")[0] == 0
     before = (tmp_path / "native/model.safetensors").read_bytes()
-    code, _, err = run("convert", "m.ckpt", "native")
+    code, _, err = run_cli("convert", "m.ckpt", "native")
     assert code == 1 and "--overwrite" in err
-    code, _, err = run("convert", "native", "m.ckpt", "--to", "taming")
+    code, _, err = run_cli("convert", "native", "m.ckpt", "--to", "taming")
     assert code == 1 and "m.ckpt exists" in err
     (tmp_path / "n.yaml").write_text("mine")
-    code, _, err = run("convert", "native", "n.ckpt", "--to", "taming")
+    code, _, err = run_cli("convert", "native", "n.ckpt", "--to", "taming")
     assert code == 1 and "n.yaml exists" in err and (tmp_path / "n.yaml").read_text() == "mine"
     assert (tmp_path / "native/model.safetensors").read_bytes() == before
-    assert run("convert", "m.ckpt", "native", "--overwrite")[0] == 0
+    assert run_cli("convert", "m.ckpt", "native", "--overwrite")[0] == 0
 
 
-def test_a_wrong_config_or_format_is_said(run, tmp_path, state):
+def test_a_wrong_config_or_format_is_said(run_cli, tmp_path, state):
     taming_file(tmp_path / "m.ckpt", state)
-    code, _, err = run("convert", "m.ckpt", "x", "--from", "native")
+    code, _, err = run_cli("convert", "m.ckpt", "x", "--from", "native")
     assert code == 1 and "known format (native)" in err
     bad = {**TREE, "params": {**TREE["params"], "ddconfig": {**NETWORK, "ch": 33}}}
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"model": bad}))
-    code, _, err = run("convert", "m.ckpt", "x", "--config", "bad.yaml")
+    code, _, err = run_cli("convert", "m.ckpt", "x", "--config", "bad.yaml")
     assert code == 1 and "ch is 33" in err
     assert not (tmp_path / "x").exists()
 
 
-def test_what_a_format_cannot_say_is_bad_usage(run, tmp_path, state):
+def test_what_a_format_cannot_say_is_bad_usage(run_cli, tmp_path, state):
     config = vqfast.VQGANConfig.from_dict(
         {**NETWORK, "embed_dim": 4, "n_embed": 16, "legacy": False}
     ).to_dict()
     checkpoints.native.write(tmp_path / "m", "tokenizer", config, state)
-    code, _, err = run("convert", "m", "x.ckpt", "--to", "taming")
+    code, _, err = run_cli("convert", "m", "x.ckpt", "--to", "taming")
     assert code == 2 and "legacy" in err and not (tmp_path / "x.ckpt").exists()
 
 
@@ -151,9 +137,9 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_malicious_file_runs_nothing(run, tmp_path, state):
+def test_a_malicious_file_runs_nothing(run_cli, tmp_path, state):
     taming_file(tmp_path / "m.ckpt", state)
     (tmp_path / "m.ckpt").write_bytes(pickle.dumps(Evil(tmp_path / "marker"), 2))
-    code, _, err = run("convert", "m.ckpt", "x")
+    code, _, err = run_cli("convert", "m.ckpt", "x")
     assert code == 1 and "system" in err
     assert not (tmp_path / "marker").exists() and not (tmp_path / "x").exists()
