@@ -256,7 +256,7 @@ def test_a_reader_sees_the_old_or_the_new_never_a_mix(tmp_path):
 def test_kill_at_any_moment_of_a_save_leaves_the_new_or_the_old(tmp_path):
     folder, rng, longest = saved(tmp_path / "m"), random.Random(0), 0.01
     seen, rounds = set(), 0
-    while rounds < 40 or (seen != {0, 1} and rounds < 200):
+    while rounds < 15 or (seen != {0, 1} and rounds < 100):
         rounds += 1
         child = os.fork()
         if child == 0:  # saves until it is killed
@@ -269,7 +269,7 @@ def test_kill_at_any_moment_of_a_save_leaves_the_new_or_the_old(tmp_path):
         os.waitpid(child, 0)
         found = checkpoints.read(folder).tensors
         seen.add(next(seed for seed in (0, 1) if equal(found, tensors(seed))))
-        longest *= 1.02  # on a busy machine a save takes longer
+        longest *= 1.05  # on a busy machine a save takes longer
     assert seen == {0, 1}
     saved(folder)
     assert names(folder) == ["config.json", "model.safetensors"]
