@@ -208,9 +208,11 @@ def train(
             state.restore_rng(world.rank, tensors)
             start, bad = values["step"], values["bad"]
             early.say(f"vqfast: resumed from {path} at step {start}")
-        if start >= stop:
-            early.say(f"vqfast: nothing to do: {out} is at step {start} of {stop}")
-            return 0
+        finished = start >= stop
+        if finished:
+            early.say(f"vqfast: nothing to do: the run is at step {start} of {stop}")
+            if state.candidates(out):
+                return 0
     if world.main:
         with atomic_file(out / "config.yaml") as temporary:
             temporary.write_text(config_text, encoding="utf-8")
@@ -218,9 +220,11 @@ def train(
         out if world.main else None, start, stop, tensorboard=settings.tensorboard, quiet=quiet
     )
     with contextlib.closing(log):
-        return _Loop(stage, feed, settings, world, out, identity, log, signals).run(
-            start, stop, bad
-        )
+        loop = _Loop(stage, feed, settings, world, out, identity, log, signals)
+        if finished:  # and it came from another folder
+            loop.save(start, bad)
+            return 0
+        return loop.run(start, stop, bad)
 
 
 class _Loop:
