@@ -191,6 +191,14 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line(monkeypatch, capfd):
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["--help"]) == 1
+    assert complains(capfd.readouterr().err, "standard output", "No space")
+
+
 # ---- the rest
 
 

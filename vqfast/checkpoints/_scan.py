@@ -17,7 +17,7 @@ from typing import IO, Any
 from vqfast.errors import CheckpointError
 
 _MAX_TUPLE_DEPTH = 100  # real files stay under 10
-_MAX_OPCODES = 20_000_000
+_MAX_OPCODES = 3_000_000  # real files stay under 300,000; some seconds of scanning
 
 _ITEM_BYTES = {
     "DoubleStorage": 8,

@@ -9,6 +9,7 @@ the verbs are loaded when they are used, so that `--help` does not wait for torc
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ def _run(argv: list[str]) -> int:
     try:
         args = parse(argv)
         report = importlib.import_module(f"vqfast.cli.{args.module}").run(args)
+        _write(report, bool(getattr(args, "json", False)))
     except SystemExit as leave:  # --help, --version, and argparse's own complaints
         return leave.code if isinstance(leave.code, int) else 2
     except UsageError as error:
@@ -65,7 +67,6 @@ def _run(argv: list[str]) -> int:
         return _say("error: out of memory", 1)
     except Exception as error:  # the last line of defence: a user gets one line, never a traceback
         return _failed(error)
-    _write(report, bool(getattr(args, "json", False)))
     return report.code
 
 
@@ -101,19 +102,32 @@ def _say(text: str, code: int) -> int:
 
 
 def _write(report: Report, as_json: bool) -> None:
-    text = json.dumps(report.values, allow_nan=False) if as_json else report.text
+    text = json.dumps(_finite(report.values), allow_nan=False) if as_json else report.text
     if text and sys.stdout is not None:
         encoding = sys.stdout.encoding or "ascii"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def _finite(tree: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def _flushed(code: int) -> int:
-    """Python flushes stdout once more on its way out, and would complain of a reader that left."""
+    """Flushes stdout here: Python would do it on its way out, and print what goes wrong."""
+    if sys.stdout is None:
+        return code
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
+    except OSError as error:  # a reader that left, or a full disk
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            return _say(f"error: standard output: {_reason(error)}", code or 1)
     return code
 
 

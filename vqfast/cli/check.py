@@ -1,8 +1,6 @@
 """`vqfast check`: every kernel against its reference, on this machine's devices."""
 
 import argparse
-import math
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,14 +28,9 @@ def run(args: argparse.Namespace) -> Report:
         "devices": devices,
         "passed": len(rows) - failed,
         "failed": failed,
-        "rows": [_plain(device, row) for device, row in rows],
+        "rows": [{"device": device, **row._asdict()} for device, row in rows],
     }
     return Report(values, _table(rows, failed), 1 if failed else 0)
-
-
-def _plain(device: str, row: Row) -> dict[str, Any]:
-    error = row.error if math.isfinite(row.error) else None
-    return {"device": device, **row._asdict(), "error": error}
 
 
 def _table(rows: list[tuple[str, Row]], failed: int) -> str:

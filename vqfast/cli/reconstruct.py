@@ -45,12 +45,11 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def quality(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, float | None]:
-    """PSNR and SSIM of one pair as 8-bit pictures; None for equal pictures (infinite PSNR) and for
-    those smaller than SSIM's window."""
+    """PSNR (infinite for equal pictures) and SSIM of one pair as 8-bit pictures; None for those
+    smaller than SSIM's window."""
     a, b = _models.show(x), _models.show(x_hat)
-    psnr = float(metrics.psnr(a, b))
     ssim = float(metrics.ssim(a, b)) if min(a.shape[2:]) >= _SSIM_SIDE else None
-    return {"psnr": psnr if psnr < float("inf") else None, "ssim": ssim}
+    return {"psnr": float(metrics.psnr(a, b)), "ssim": ssim}
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float | None:
