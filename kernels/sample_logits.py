@@ -3,10 +3,13 @@
 Computes: p_v = exp((x_v − max x) / temperature) for the kept v;  token = first v with Σ_{w≤v} p_w > u · Σ p_w.
 Contract: logits [B, V] contiguous, sample_index [B] int64; temperature 0 is the first largest; -1 for a row that holds NaN
     or +inf, or nothing but -inf. u is Philox4x32-10 of (seed, sample_index, position).
-Numerics: the logits as float32, their weights and sums in float64, in an order that V alone decides.
-Shape of the code: one program per row, which stays in registers. The k-th largest logit, and the least one that top-p
-    keeps, are found bit by bit over the 32 bits of an order-preserving integer: 32 counts, or sums, of a row at rest beat a
-    sort. Ties of the k-th are all kept; of equal logits top-p keeps the first ones, as a stable sort would.
+Numerics: the logits as float32; each weight is a float64 exponential rounded to float32, and weights are summed eight
+    by eight in float32, then in float64, in an order that V alone decides. So a draw differs from the reference only where u falls within about 1e-7 of an edge.
+Shape of the code: one program per row, which stays in registers: 16 tokens a thread, which 1024 threads of 64 registers
+    can hold. The k-th largest logit and the least weight that top-p keeps are found bit by bit: 32 counts and 30 sums of
+    a row at rest beat a sort. The token is found by bisection over its
+    index, so that no prefix sums are held. Ties of the k-th are all kept; of equal logits top-p keeps the first ones, as a
+    stable sort would.
 """
 
 import triton
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
 
-_LARGEST = 32768  # tokens of a row: 1024 threads with 32 float64 weights each
+_LARGEST = 16384  # tokens of a row: 1024 threads with 16 tokens each
 
 
 @triton.jit
@@ -35,67 +38,85 @@ def _uniform(seed, index, position):
 
 
 @triton.jit
-def _kth_key(key, valid, k):
-    """The largest t that at least k valid keys reach: the k-th largest key."""
+def _kth_key(key, k):
+    """The k-th largest key: the largest t that at least k keys reach."""
     t = tl.zeros([], tl.uint32)
     for i in range(32):
         trial = t | (tl.full([], 2147483648, tl.uint32) >> i)
-        count = tl.sum((valid & (key >= trial)).to(tl.int32), axis=0)
+        count = tl.sum((key >= trial).to(tl.int32), axis=0)
         t = tl.where(count >= k, trial, t)
     return t
 
 
 @triton.jit
-def _nucleus_key(key, p, limit):
-    """The least t for which the keys above t weigh no more than limit."""
-    t = tl.zeros([], tl.uint32)
-    for i in range(32):
-        # with this bit clear and all lower ones set, do the keys above still weigh too much?
-        bit = tl.full([], 2147483648, tl.uint32) >> i
-        mass = tl.sum(tl.where(key > (t | (bit - 1)), p, 0.0), axis=0)
-        t = tl.where(mass > limit, t | bit, t)
-    return t
+def _mass(p):
+    # eight at a time in float32: 16 float64 terms a thread would not fit the registers
+    BLOCK: tl.constexpr = p.shape[0]
+    return tl.sum(tl.sum(tl.reshape(p, [BLOCK // 8, 8]), axis=1).to(tl.float64), axis=0)
 
 
-# without the types temperature and top_p would arrive as float32
+@triton.jit
+def _nucleus_edge(p, limit):
+    """The least weight t for which the weights above t sum to no more than limit; p in [0, 1]."""
+    t = tl.zeros([], tl.int32)
+    for i in range(30):  # the two top bits of a float32 in [0, 1] are zero
+        # with this bit clear and all lower ones set, do the weights above still sum to too much?
+        bit = tl.full([], 536870912, tl.int32) >> i
+        trial = (t | (bit - 1)).to(tl.float32, bitcast=True)
+        t = tl.where(_mass(tl.where(p > trial, p, 0.0)) > limit, t | bit, t)
+    return t.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _first_above(weight, at, level, BLOCK: tl.constexpr):
+    """The first index whose sum of weights up to and with it exceeds level; BLOCK - 1 if none does.
+
+    Every sum runs over the same tree, in which rounding is monotone: more weights never sum to less.
+    """
+    found = tl.zeros([], tl.int32)
+    step = BLOCK // 2
+    while step > 0:
+        before = _mass(tl.where(at < found + step, weight, 0.0))
+        found = tl.where(before > level, found, found + step)
+        step = step // 2
+    return found
+
+
+# without the types sharpness (1 / temperature) and top_p would arrive as float32
 @triton.jit(do_not_specialize=["top_k", "seed", "position"])
 def _sample(
     logits, sample_index, token, V,
-    temperature: tl.float64, top_k: tl.int32, top_p: tl.float64, seed: tl.int64, position: tl.int64,
+    sharpness: tl.float64, top_k: tl.int32, top_p: tl.float64, seed: tl.int64, position: tl.int64,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    valid = at < V
-    x = tl.load(logits + row * V + at, mask=valid, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
     best = tl.max(x, axis=0)
     bad = (x != x) | (x == float("inf"))
     sick = (tl.max(bad.to(tl.int32), axis=0) > 0) | (best == float("-inf"))
     if GREEDY:
         chosen = tl.min(tl.where(x == best, at, BLOCK), axis=0)
     else:
-        best = tl.where(sick, 0.0, best)
-        x = tl.where(bad, 0.0, x)
-        key = _ordered(x)
-        p = tl.exp((x.to(tl.float64) - best.to(tl.float64)) / temperature)
-        p = tl.where(valid, p, 0.0)
-        if TOP_K:
-            p = tl.where(key >= _kth_key(key, valid, top_k), p, 0.0)
+        # a sick row is computed like any other, as every loop has a fixed length, and then marked
+        if TOP_K:  # padding is -inf, which changes no k-th of the k <= V largest
+            key = _ordered(x)
+            x = tl.where(key >= _kth_key(key, top_k), x, float("-inf"))
+        p = tl.exp((x.to(tl.float64) - best.to(tl.float64)) * sharpness).to(tl.float32)
         if TOP_P:
-            limit = top_p * tl.sum(p, axis=0)
-            edge = _nucleus_key(key, p, limit)
-            above = tl.sum(tl.where(key > edge, p, 0.0), axis=0)
-            equal = (key == edge) & valid
-            before = tl.cumsum(equal.to(tl.int32), axis=0) - 1  # equal tokens that come earlier
-            kept = (key > edge) | (equal & (above + before * p <= limit))
-            p = tl.where(kept, p, 0.0)
-        sums = tl.cumsum(p, axis=0)
+            limit = top_p * _mass(p)
+            edge = _nucleus_edge(p, limit)
+            above = _mass(tl.where(p > edge, p, 0.0))
+            # of r tokens at the edge before it, one is kept while above + r * edge <= limit
+            room = tl.floor((limit - above) / tl.where(edge > 0.0, edge, 1.0).to(tl.float64))
+            room = tl.minimum(room, 1.0 * BLOCK)
+            last = _first_above(tl.where(p == edge, 1.0, 0.0), at, room, BLOCK)
+            p = tl.where((p > edge) | ((p == edge) & (at <= last)), p, 0.0)
         u = _uniform(seed, tl.load(sample_index + row), position)
-        # the last sum, and not tl.sum, so that both sides round alike
-        level = u * tl.max(sums, axis=0)
-        last = tl.max(tl.where(p > 0.0, at, 0), axis=0)
-        chosen = tl.min(tl.where((sums > level) & (p > 0.0), at, BLOCK), axis=0)
-        chosen = tl.minimum(chosen, last)
+        level = u * _mass(p)
+        chosen = _first_above(p, at, level, BLOCK)
+        # rounding may leave no token above u: then the last kept one
+        chosen = tl.minimum(chosen, tl.max(tl.where(p > 0.0, at, 0), axis=0))
     tl.store(token + row, tl.where(sick, -1, chosen).to(tl.int64))
 
 
@@ -108,7 +129,7 @@ def unsupported_sample_logits(
     seed: int,
     position: int,
 ) -> str | None:
-    """Why these inputs cannot run: other dtypes, strided logits, or more than 32768 tokens."""
+    """Why these inputs cannot run: other dtypes, strided logits, or more than 16384 tokens."""
     if logits.shape[1] > _LARGEST:
         return f"V = {logits.shape[1]} is above {_LARGEST}"
     return not_floats(logits=logits) or not_contiguous(logits=logits, sample_index=sample_index)
@@ -129,9 +150,11 @@ def sample_logits(
     if B == 0:
         return
     block = power_of_2(V, 32, _LARGEST)
+    # bounded, as infinity times the zero of the largest logit would be NaN
+    sharpness = 1 / max(temperature, 1e-250)
     with on_device(logits):
         _sample[(B,)](
-            logits, sample_index, token, V, temperature, min(top_k, V), top_p, seed, position,
+            logits, sample_index, token, V, sharpness, min(top_k, V), top_p, seed, position,
             GREEDY=temperature == 0, TOP_K=0 < top_k < V, TOP_P=top_p < 1, BLOCK=block,
-            num_warps=power_of_2(block // 1024, 1, 32), enable_fp_fusion=False,
+            num_warps=power_of_2(block // 512, 1, 32), enable_fp_fusion=False,
         )  # fmt: skip

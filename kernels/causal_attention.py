@@ -1,0 +1,314 @@
+"""Causal attention, forward and backward, without a table of weights.
+
+Computes: out_i = Σ_{j≤i} w_ij v_j,  w_ij = exp(scale ⟨q_i, k_j⟩ − lse_i),  lse_i = log Σ_{j≤i} exp(scale ⟨q_i, k_j⟩);
+          with δ_i = ⟨grad_i, out_i⟩ and s_ij = w_ij (⟨grad_i, v_j⟩ − δ_i) · scale:
+          dq_i = Σ_{j≤i} s_ij k_j,   dk_j = Σ_{i≥j} s_ij q_i,   dv_j = Σ_{i≥j} w_ij grad_i.
+Contract: q, k, v, grad [B, H, T, d], any strides, d <= 256; out and the gradients contiguous. Slots of the future may hold
+    NaN. A row whose scores are all -inf gives zeros and lse = +inf.
+Numerics: float32 scores, softmax and sums. float32 inputs are multiplied as three TF32 products; for float16 and bfloat16
+    the weights are rounded to the input dtype before they meet v, k, q and grad, as in FlashAttention. No atomics: dq has
+    its own kernel, at the price of computing the scores twice; every sum has one order, whatever B and H are.
+Shape of the code: forward and dq take one block of rows and walk the keys, the block on the diagonal last; dk and dv take
+    one block of keys and walk the rows. Heavy blocks start first. Only blocks that the diagonal crosses are masked. There a
+    zero weight may stand against NaN, so hidden values are taken out before the product (`_visible_dot`). δ is summed
+    again by each program that needs it: d products a row against 4·d·BLOCK, and no scratch memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqfast.kernels._tuning import not_floats, on_device, power_of_2
+
+_LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(_LOG2E)
+
+
+@triton.jit
+def _tile(x, base, row, col, row_stride, col_stride, T, D):
+    """[rows, cols] of x; rows >= T and cols >= D are zero. Offsets are int64 as row is."""
+    at = base + row[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride
+    return tl.load(x + at, mask=(row < T)[:, None] & (col < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _visible_dot(weight, x, visible, acc, PRECISION: tl.constexpr):
+    """acc + weight @ x, where weight is zero outside `visible` [M, N] and hidden rows of x may be NaN or infinite.
+
+    Such a value shows, as NaN, in the rows of the result that see it.
+    """
+    finite = tl.abs(x.to(tl.float32)) < float("inf")
+    clean = tl.where(finite, x, 0.0).to(x.dtype)
+    acc = tl.dot(weight.to(x.dtype), clean, acc, input_precision=PRECISION)
+    if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0:
+        seen = tl.dot(visible.to(tl.float16), (~finite).to(tl.float16))
+        acc = tl.where(seen > 0.0, float("nan"), acc)
+    return acc
+
+
+@triton.jit
+def _forward_block(
+    query, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, high, total, T, D, scale_log2,
+    DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    key_at = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    key = _tile(k, k_base, key_at, col, k_t, k_d, T, D)
+    value = _tile(v, v_base, key_at, col, v_t, v_d, T, D)
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [M, N]
+    visible = key_at[None, :] <= row[:, None]
+    if DIAGONAL:
+        score = tl.where(visible, score, float("-inf"))
+    new = tl.maximum(high, tl.max(score, axis=1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    weight = tl.exp2(score - base[:, None])
+    shrink = tl.exp2(high - base)
+    total = total * shrink + tl.sum(weight, axis=1)
+    acc = acc * shrink[:, None]
+    if DIAGONAL:
+        acc = _visible_dot(weight, value, visible, acc, PRECISION)
+    else:
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, new, total
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, lse,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
+    heads, H, T, D, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    first = (tl.cdiv(T, BLOCK_M) - 1 - pid // heads) * BLOCK_M  # the longest rows first
+    head = (pid % heads).to(tl.int64)
+    b, h = head // H, head % H
+    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    query = _tile(q, b * q_b + h * q_h, row, col, q_t, q_d, T, D)
+    k_base, v_base = b * k_b + h * k_h, b * v_b + h * v_h
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    high = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, first, BLOCK_N):
+        acc, high, total = _forward_block(
+            query, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, high, total, T, D,
+            scale_log2, False, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        acc, high, total = _forward_block(
+            query, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, high, total, T, D,
+            scale_log2, True, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    empty = total == 0.0
+    mean = acc / tl.where(empty, 1.0, total)[:, None]
+    at = (head * T + row)[:, None] * D + col[None, :]
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=(row < T)[:, None] & (col < D)[None, :])
+    log_sum = tl.where(empty, float("inf"), (high + tl.log2(total)) / LOG2E)
+    tl.store(lse + head * T + row, log_sum, mask=row < T)
+
+
+@triton.jit
+def _weights(score, lse, visible, DIAGONAL: tl.constexpr):
+    """exp2 of scores in base 2 less their lse; hidden ones zero."""
+    weight = tl.exp2(score - lse)
+    return tl.where(visible, weight, 0.0) if DIAGONAL else weight
+
+
+@triton.jit
+def _dq_block(
+    query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D, scale_log2,
+    DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    key_at = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    key = _tile(k, k_base, key_at, col, k_t, k_d, T, D)
+    value = _tile(v, v_base, key_at, col, v_t, v_d, T, D)
+    visible = key_at[None, :] <= row[:, None]
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+    weight = _weights(score, row_lse[:, None], visible, DIAGONAL)
+    d_weight = tl.dot(up, tl.trans(value), input_precision=PRECISION)
+    d_score = weight * (d_weight - delta[:, None])
+    if DIAGONAL:
+        d_score = tl.where(visible, d_score, 0.0)
+        return _visible_dot(d_score, key, visible, acc, PRECISION)
+    return tl.dot(d_score.to(key.dtype), key, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _backward_q(
+    grad, q, k, v, out, lse, dq,
+    g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
+    heads, H, T, D, scale, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    first = (tl.cdiv(T, BLOCK_M) - 1 - pid // heads) * BLOCK_M
+    head = (pid % heads).to(tl.int64)
+    b, h = head // H, head % H
+    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    query = _tile(q, b * q_b + h * q_h, row, col, q_t, q_d, T, D)
+    up = _tile(grad, b * g_b + h * g_h, row, col, g_t, g_d, T, D)
+    result = _tile(out, head * T * D, row, col, D, 1, T, D)
+    delta = tl.sum(up.to(tl.float32) * result.to(tl.float32), axis=1)
+    row_lse = tl.load(lse + head * T + row, mask=row < T, other=float("inf")) * LOG2E
+    k_base, v_base = b * k_b + h * k_h, b * v_b + h * v_h
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, first, BLOCK_N):
+        acc = _dq_block(
+            query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D,
+            scale_log2, False, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        acc = _dq_block(
+            query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D,
+            scale_log2, True, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    at = (head * T + row)[:, None] * D + col[None, :]
+    mask = (row < T)[:, None] & (col < D)[None, :]
+    tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dkv_block(
+    key, value, grad, q, out, lse, g_base, q_base, o_base, l_base, g_t, g_d, q_t, q_d,
+    key_at, start, dk, dv, T, D, scale_log2,
+    DIAGONAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    query = _tile(q, q_base, row, col, q_t, q_d, T, D)
+    up = _tile(grad, g_base, row, col, g_t, g_d, T, D)
+    result = _tile(out, o_base, row, col, D, 1, T, D)
+    delta = tl.sum(up.to(tl.float32) * result.to(tl.float32), axis=1)
+    row_lse = tl.load(lse + l_base + row, mask=row < T, other=float("inf")) * LOG2E
+    visible = key_at[:, None] <= row[None, :]  # [N, M]
+    score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
+    weight = _weights(score, row_lse[None, :], visible, DIAGONAL)
+    d_weight = tl.dot(value, tl.trans(up), input_precision=PRECISION)
+    d_score = weight * (d_weight - delta[None, :])
+    if DIAGONAL:
+        d_score = tl.where(visible, d_score, 0.0)
+        dv = _visible_dot(weight, up, visible, dv, PRECISION)
+        dk = _visible_dot(d_score, query, visible, dk, PRECISION)
+    else:
+        dv = tl.dot(weight.to(up.dtype), up, dv, input_precision=PRECISION)
+        dk = tl.dot(d_score.to(query.dtype), query, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _backward_kv(
+    grad, q, k, v, out, lse, dk, dv,
+    g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
+    heads, H, T, D, scale, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    first = (pid // heads) * BLOCK_N  # the first keys are seen by most rows
+    head = (pid % heads).to(tl.int64)
+    b, h = head // H, head % H
+    key_at = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    key = _tile(k, b * k_b + h * k_h, key_at, col, k_t, k_d, T, D)
+    value = _tile(v, b * v_b + h * v_h, key_at, col, v_t, v_d, T, D)
+    g_base, q_base = b * g_b + h * g_h, b * q_b + h * q_h
+    key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(first, tl.minimum(first + BLOCK_N, T), BLOCK_M):
+        key_sum, value_sum = _dkv_block(
+            key, value, grad, q, out, lse, g_base, q_base, head * T * D, head * T, g_t, g_d, q_t, q_d,
+            key_at, start, key_sum, value_sum, T, D, scale_log2, True, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for start in range(first + BLOCK_N, T, BLOCK_M):
+        key_sum, value_sum = _dkv_block(
+            key, value, grad, q, out, lse, g_base, q_base, head * T * D, head * T, g_t, g_d, q_t, q_d,
+            key_at, start, key_sum, value_sum, T, D, scale_log2, False, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    at = (head * T + key_at)[:, None] * D + col[None, :]
+    mask = (key_at < T)[:, None] & (col < D)[None, :]
+    tl.store(dk + at, (key_sum * scale).to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + at, value_sum.to(dv.dtype.element_ty), mask=mask)
+
+
+# (widest d, bytes of an element): BLOCK of the own side, BLOCK of the side walked, warps, stages
+_FORWARD = {
+    (64, 2): (128, 64, 4, 3), (128, 2): (128, 64, 8, 3), (256, 2): (64, 32, 4, 2),
+    (64, 4): (64, 32, 4, 2), (128, 4): (64, 32, 4, 2), (256, 4): (32, 16, 4, 1),
+}  # fmt: skip
+_BACKWARD = {
+    (64, 2): (64, 64, 4, 2), (128, 2): (64, 32, 4, 2), (256, 2): (32, 32, 4, 1),
+    (64, 4): (32, 32, 4, 1), (128, 4): (32, 32, 4, 1), (256, 4): (16, 16, 4, 1),
+}  # fmt: skip
+
+
+def _shape(q: Tensor, table: dict, swap: bool = False) -> dict:
+    """Tile constants and options for the head dim and dtype of q."""
+    block_d = power_of_2(q.shape[-1], 16, 256)
+    own, walked, warps, stages = table[max(64, block_d), q.element_size()]
+    return {
+        "BLOCK_M": walked if swap else own,
+        "BLOCK_N": own if swap else walked,
+        "BLOCK_D": block_d,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": warps,
+        "num_stages": stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def unsupported_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Why these inputs cannot run: a dtype other than float32, float16 or bfloat16, or d > 256."""
+    if q.shape[-1] > 256:
+        return f"head dim {q.shape[-1]} is above 256"
+    return not_floats(q=q, k=k, v=v)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Writes out [B, H, T, d], contiguous, and lse [B, H, T] float32, from q, k, v of any strides."""
+    B, H, T, d = q.shape
+    if q.numel() == 0:
+        return
+    shape = _shape(q, _FORWARD)
+    with on_device(q):
+        _forward[(triton.cdiv(T, shape["BLOCK_M"]) * B * H,)](
+            q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(),
+            B * H, H, T, d, scale * _LOG2E, **shape,
+        )  # fmt: skip
+
+
+def unsupported_causal_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> str | None:
+    """Why these inputs cannot run, as for the forward pass."""
+    return unsupported_causal_attention(q, k, v, scale) or not_floats(grad=grad)
+
+
+def causal_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes dq, dk, dv [B, H, T, d], contiguous, from grad of any strides and what the forward pass left."""
+    B, H, T, d = q.shape
+    if q.numel() == 0:
+        return
+    rest = (
+        *grad.stride(), *q.stride(), *k.stride(), *v.stride(), B * H, H, T, d, scale, scale * _LOG2E,
+    )  # fmt: skip
+    own = _shape(q, _BACKWARD)["BLOCK_M"]
+    grid = (triton.cdiv(T, own) * B * H,)
+    with on_device(q):
+        _backward_q[grid](grad, q, k, v, out, lse, dq, *rest, **_shape(q, _BACKWARD))
+        _backward_kv[grid](grad, q, k, v, out, lse, dk, dv, *rest, **_shape(q, _BACKWARD, True))

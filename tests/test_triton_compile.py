@@ -1,0 +1,204 @@
+"""Every Triton kernel, compiled for sm_80 and sm_90 as its launcher would launch it; needs no GPU.
+
+The launchers run on meta tensors with `JITFunction.run` replaced, so what is compiled here has the arguments, specialisations
+and options of a real launch. Gates: no spills (STACK 0), shared memory that the machine has, tensor cores where the kernel
+is built on them. A missing tool or a launch that never came fails.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":  # kernels are then no JITFunction
+    pytest.skip("compiling needs TRITON_INTERPRET unset", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def meta(*shape, dtype=F32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tool(name):
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    assert path.exists(), f"{name} is not in the triton wheel"
+    return str(path)
+
+
+# ---- what a launcher launches --------------------------------------------------------------------
+
+
+def _argument(param, value):
+    """(type, constant or None, attributes) of one argument, as triton's launcher specialises it."""
+    if param.is_constexpr:
+        return "constexpr", value, []
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], None, [["tt.divisibility", 16]]
+    if param.annotation_type:
+        return param.annotation_type, None, []
+    if isinstance(value, float):
+        return "fp32", None, []
+    if value == 1 and not param.do_not_specialize:
+        return "constexpr", 1, []
+    divisible = value % 16 == 0 and not param.do_not_specialize
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind, None, [["tt.divisibility", 16]] if divisible else []
+
+
+def launches(monkeypatch, op, *inputs):
+    """[(function, signature, constants, attributes, options)] of the kernels that one call launches."""
+    from vqfast import _dispatch, ops  # noqa: F401  (registers)
+
+    found = []
+
+    def record(function, *args, grid, warmup, **kwargs):
+        assert all(n > 0 for n in grid), f"{function.__name__}: empty grid {grid}"
+        names = [p.name for p in function.params]
+        values = dict(zip(names, args, strict=False))
+        values.update({k: kwargs.pop(k) for k in names if k in kwargs})
+        signature, constants, attributes = {}, {}, {}
+        for i, p in enumerate(function.params):
+            kind, constant, attribute = _argument(p, values[p.name])
+            signature[p.name] = kind
+            if kind == "constexpr":
+                constants[p.name] = constant
+            if attribute:
+                attributes[(i,)] = attribute
+        found.append((function, signature, constants, attributes, kwargs))
+
+    module = importlib.import_module(f"vqfast.kernels.{op.removesuffix('_backward')}")
+    refuse = getattr(module, f"unsupported_{op}", None)
+    assert refuse is None or refuse(*inputs) is None
+    outs = _dispatch.OPS[op].outputs(*inputs)
+    monkeypatch.setattr(JITFunction, "run", record)
+    getattr(module, op)(*inputs, *((outs,) if isinstance(outs, torch.Tensor) else outs))
+    monkeypatch.undo()
+    assert found, f"{op} launched nothing"
+    return found
+
+
+class Compiled:
+    """One kernel for one architecture: registers, stack, shared memory, SASS."""
+
+    def __init__(self, launch, arch):
+        function, signature, constants, attributes, options = launch
+        source = ASTSource(function, signature, constants, attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        self.name, self.options, self.ttir = function.__name__, options, kernel.asm["ttir"]
+        self.shared = kernel.metadata.shared
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(kernel.asm["cubin"])
+            f.flush()
+            usage = subprocess.run(
+                [tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True
+            ).stdout
+            self.sass = subprocess.run(
+                [tool("nvdisasm"), "-c", f.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, f"no resource usage for {self.name}: {usage}"
+        self.registers, self.stack = map(int, found.groups())
+        self.report = (
+            f"{self.name} sm_{arch}: {self.registers} registers, stack {self.stack}, {self.shared} B shared"
+        )
+
+    def instructions(self):
+        """[(address, opcode with its suffixes, operands)]"""
+        pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);"
+        return [(int(a, 16), o, rest) for a, o, rest in re.findall(pattern, self.sass)]
+
+    def count(self, opcode):
+        return sum(o.startswith(opcode) for _, o, _ in self.instructions())
+
+
+# ---- cases: op, inputs on the meta device --------------------------------------------------------
+
+
+def _cross_entropy():
+    x, t, row = meta(2048, 16384, dtype=BF16), meta(2048, dtype=torch.int64), meta(2048)
+    yield "cross_entropy", (x, t)
+    yield "cross_entropy_backward", (meta(1).expand(2048), x, t, row, row)
+    yield "cross_entropy", (meta(64, 1000), t[:64])
+
+
+def _code_stats():
+    for dtype, D in ((F32, 256), (F16, 8), (torch.float64, 3)):
+        yield "code_stats", (meta(8192, dtype=torch.int64), meta(8192, D, dtype=dtype), 16384)
+
+
+def _causal_attention():
+    for d, dtype in ((64, BF16), (64, F32), (128, F16), (128, F32), (256, BF16), (256, F32), (100, F16)):
+        packed = meta(2, 257, 3, 4, d, dtype=dtype).transpose(1, 3)
+        q, k, v = packed.unbind(2)
+        dense, lse = meta(2, 4, 257, d, dtype=dtype), meta(2, 4, 257)
+        yield "causal_attention", (q, k, v, 0.125)
+        yield "causal_attention_backward", (dense, q, k, v, dense, lse, 0.125)
+
+
+def _group_norm_silu():
+    for dtype, last, (B, C, P) in (
+        (F32, False, (1, 128, 256)), (BF16, True, (8, 128, 256)), (F16, True, (8, 512, 16)),
+        (BF16, False, (8, 512, 16)), (F32, True, (2, 96, 64)),
+    ):  # fmt: skip
+        x = meta(B, C, P, P, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last) if last else x
+        w, s = meta(C), meta(B, 32)
+        yield "group_norm_silu", (x, w, w, 32, 1e-6)
+        yield "group_norm_silu_backward", (x, x, w, w, s, s, 32)
+
+
+def _sample_logits():
+    index = meta(8, dtype=torch.int64)
+    for V, k, p in ((1024, 0, 1.0), (16384, 100, 0.9)):
+        yield "sample_logits", (meta(8, V), index, 0.9, k, p, 7, 3)
+
+
+def _decode_attention():
+    for d, dtype in ((64, F32), (64, BF16), (100, F16), (256, F32)):
+        cache = meta(8, 16, 576, d, dtype=dtype)
+        yield "decode_attention", (meta(8, 16, d, dtype=dtype), cache, cache, 200)
+
+
+CASES = {
+    "causal_attention": _causal_attention,
+    "cross_entropy": _cross_entropy,
+    "code_stats": _code_stats,
+    "group_norm_silu": _group_norm_silu,
+    "sample_logits": _sample_logits,
+    "decode_attention": _decode_attention,
+}
+
+
+def test_every_kernel_file_has_cases():
+    kernels = importlib.import_module("vqfast.kernels")
+    files = {p.stem for p in Path(kernels.__path__[0]).glob("*.py") if not p.stem.startswith("_")}
+    assert files == set(CASES)
+
+
+@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_spills(monkeypatch, name, arch):
+    bad = []
+    for op, inputs in CASES[name]():
+        for launch in launches(monkeypatch, op, *inputs):
+            kernel = Compiled(launch, arch)
+            print(kernel.report, launch[2], launch[4])
+            if kernel.stack or kernel.shared > SHARED_LIMIT[arch]:
+                bad.append(kernel.report)
+    assert not bad, bad
