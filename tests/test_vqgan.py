@@ -312,8 +312,8 @@ def test_encode_refuses(x, error, words):
         (torch.zeros(1, 2, 2), TypeError, "float32"),
         (torch.zeros(1, 2, 2, dtype=torch.bool), TypeError, "bool"),
         (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"3 dimensions.*\[2, 2\]"),
-        (torch.full((1, 2, 2), 64), ValueError, r"0\.\.63.*64"),
-        (torch.full((1, 2, 2), -1), ValueError, r"0\.\.63.*-1"),
+        (torch.full((1, 2, 2), 64), ValueError, r"codes must be in 0\.\.63.*64"),
+        (torch.full((1, 2, 2), -1), ValueError, r"codes must be in 0\.\.63.*-1"),
     ],
 )
 def test_decode_refuses(codes, error, words):
@@ -367,6 +367,16 @@ def test_half_precision_searches_and_loses_in_float32(how):
     # beta 0.25 and weight 1 on the two terms, which have one value
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(1.25 * d.min(-1).values.mean().item() / 8, rel=1e-5)
+
+
+def test_beta_and_legacy_reach_the_gradient_of_the_latents():
+    grads = {}
+    for legacy in (True, False):
+        tok = make(beta=0.5, legacy=legacy)
+        x = images(2, tok.config).requires_grad_()
+        (grads[legacy],) = torch.autograd.grad(tok(x)[1], x)
+    # legacy: weight 1 on the commitment term; fixed: beta
+    torch.testing.assert_close(grads[False], 0.5 * grads[True], rtol=1e-4, atol=1e-9)
 
 
 def test_codebook_starts_uniform_within_one_over_K():
