@@ -1,0 +1,233 @@
+"""Engine: the cache gives what a full pass gives, and a sample knows nothing of its batch."""
+
+import pytest
+import torch
+
+from vqfast import Engine, NonFiniteError
+from vqfast.models.gpt import GPT, GPTConfig
+
+SHAPE = {"vocab_size": 37, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32}
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+
+
+def make_gpt(std=0.3, **changes):
+    torch.manual_seed(4)
+    gpt = GPT(GPTConfig(**{**SHAPE, **changes})).eval().requires_grad_(False)
+    for p in gpt.parameters():
+        p.normal_(0, std)
+    return gpt
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return make_gpt()
+
+
+def _cond(b, Tc=1):
+    return torch.randint(37, (b, Tc), generator=torch.Generator().manual_seed(b))
+
+
+def test_prefill_and_steps_are_the_full_pass(gpt, each_backend, poison):
+    tokens = torch.randint(37, (3, 80))
+    full = gpt(tokens[:, 1:], tokens[:, :1])
+    engine = Engine(gpt, batch=4)
+    rows = [engine.prefill(tokens[:, :70])]
+    rows += [engine.step(tokens[:, t]) for t in range(70, 79)]
+    assert (torch.stack(rows, 1) - full[:, 69:]).abs().max() < 1e-5 * full.abs().max()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_prefill_has_the_bits_of_single_steps(gpt, precision, each_backend):
+    """70 tokens of 3 rows go in more than one call; one row in one; steps one by one."""
+    tokens = torch.randint(37, (3, 70))
+    engine = Engine(gpt, precision, batch=3)
+    whole = engine.prefill(tokens)
+    assert torch.equal(engine.prefill(tokens[1:2])[0], whole[1])
+    last = engine.prefill(tokens[:, :60])
+    for t in range(60, 70):
+        last = engine.step(tokens[:, t])
+    assert torch.equal(last, whole)
+
+
+def test_greedy_codes_are_those_of_full_passes(gpt, each_backend):
+    cond = _cond(2, 3)
+    codes = Engine(gpt, batch=2).generate(cond, 20, seed=0, temperature=0.0)
+    found = torch.empty(2, 0, dtype=torch.int64)
+    for _ in range(20):
+        logits = gpt(torch.cat([found, found.new_zeros(2, 1)], 1), cond)[:, -1]
+        found = torch.cat([found, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(codes, found)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.01), ("int8", 0.02), ("int4", 0.3)])
+def test_small_formats_lose_little(precision, limit):
+    gpt, cond = make_gpt(0.1, n_embd=64), _cond(4)
+    codes = Engine(gpt, precision, batch=4).generate(cond, 80, seed=0, temperature=0.0)
+    logits = gpt(codes, cond)
+    chosen = logits.gather(2, codes[:, :, None])[:, :, 0]
+    assert ((logits.amax(-1) - chosen) / logits.std(-1)).mean() < limit
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_sample_is_the_same_alone_and_anywhere(gpt, precision, each_thread_count):
+    options = {"seed": 5, "temperature": 3.0, "top_k": 30, "top_p": 0.95}
+    cond = _cond(11, 2)
+    whole = Engine(gpt, precision, batch=11).generate(cond, 25, **options)
+    small = Engine(gpt, precision, batch=3)
+    for i in range(0, 11, 3):
+        part = small.generate(cond[i : i + 3], 25, sample_index=i, **options)
+        assert torch.equal(part, whole[i : i + 3])
+    order = torch.randperm(11)
+    mixed = Engine(gpt, precision, batch=11)
+    got = mixed.generate(cond[order], 25, sample_index=order, **options)
+    assert torch.equal(got, whole[order])
+    # the check can fail: another seed, another sample, another condition
+    again = mixed.generate
+    assert (again(cond, 25, **{**options, "seed": 6}) != whole).any(1).all()
+    assert (again(cond, 25, sample_index=1, **options) != whole).any(1).all()
+    assert (again((cond + 1) % 37, 25, **options) != whole).any(1).sum() > 8
+
+
+def test_reference_is_invariant_too(gpt):
+    from vqfast import backend
+
+    options = {"seed": 5, "temperature": 3.0, "top_p": 0.9}
+    with backend("reference"):
+        engine, cond = Engine(gpt, "int8", batch=5), _cond(5)
+        whole = engine.generate(cond, 8, **options)
+        for i in range(5):
+            alone = engine.generate(cond[i : i + 1], 8, sample_index=i, **options)
+            assert torch.equal(alone, whole[i : i + 1])
+
+
+def test_the_position_goes_into_the_draw(gpt):
+    engine, cond = Engine(gpt, batch=1), _cond(1)
+    whole = engine.generate(cond, 12, seed=1, temperature=2.0)
+    longer = torch.cat([cond, whole[:, :5]], 1)
+    rest = engine.generate(longer, 7, seed=1, temperature=2.0, position=5)
+    assert torch.equal(rest, whole[:, 5:])
+    assert not torch.equal(engine.generate(longer, 7, seed=1, temperature=2.0), rest)
+
+
+def test_guidance_mixes_the_logits(gpt, each_backend):
+    cond, uncond = _cond(2, 2), torch.full((2, 2), 36)
+    engine, plain = Engine(gpt, batch=2), Engine(gpt, batch=2)
+    codes = engine.generate(cond, 6, seed=0, temperature=0.0, cfg_scale=2.5, uncond=uncond)
+    for t in range(6):
+        c = plain.prefill(torch.cat([cond, codes[:, :t]], 1))
+        u = plain.prefill(torch.cat([uncond, codes[:, :t]], 1))
+        assert torch.equal((u + 2.5 * (c - u)).argmax(-1), codes[:, t])
+    assert torch.equal(  # without guidance the null condition changes nothing
+        engine.generate(cond, 6, seed=0, uncond=uncond), engine.generate(cond, 6, seed=0)
+    )
+
+
+def test_guidance_is_batch_invariant(gpt):
+    options = {"seed": 2, "temperature": 2.0, "cfg_scale": 1.5}
+    cond, uncond = _cond(5), torch.zeros(5, 1, dtype=torch.int64)
+    engine = Engine(gpt, batch=5)
+    whole = engine.generate(cond, 10, uncond=uncond, **options)
+    for i in range(5):
+        one = slice(i, i + 1)
+        alone = engine.generate(cond[one], 10, uncond=uncond[one], sample_index=i, **options)
+        assert torch.equal(alone, whole[one])
+
+
+def test_exactly_the_capacity_fits(gpt):
+    engine = Engine(gpt, batch=1)
+    assert engine.capacity == 80
+    assert engine.generate(_cond(1, 3), 78, seed=0).shape == (1, 78)
+    with pytest.raises(ValueError, match="capacity is 80"):
+        engine.generate(_cond(1, 3), 79, seed=0)
+    engine.prefill(_cond(1, 79))
+    engine.step(torch.tensor([0]))
+    with pytest.raises(ValueError, match="80 tokens"):
+        engine.step(torch.tensor([0]))
+    with pytest.raises(ValueError, match="81"):
+        engine.prefill(_cond(1, 81))
+
+
+def test_nothing_asked_gives_nothing(gpt):
+    engine = Engine(gpt, batch=2)
+    assert engine.generate(_cond(2), 0, seed=0).shape == (2, 0)
+    assert engine.generate(torch.empty(0, 1, dtype=torch.int64), 4, seed=0).shape == (0, 4)
+
+
+@pytest.mark.parametrize("where", ["nan", "inf"])
+def test_broken_weights_are_an_error_naming_sample_and_position(where, each_backend):
+    gpt = make_gpt()
+    gpt.pos_emb[0, 4] = float(where)
+    with pytest.raises(NonFiniteError, match="sample 3 at position 4"):
+        Engine(gpt, batch=2).generate(_cond(2), 9, seed=0, sample_index=3)
+
+
+def test_engine_keeps_the_weights_it_was_made_of():
+    gpt = make_gpt()
+    engine = Engine(gpt, batch=1)
+    before = engine.generate(_cond(1), 10, seed=0)
+    for p in gpt.parameters():
+        p.mul_(-1)
+    assert torch.equal(engine.generate(_cond(1), 10, seed=0), before)
+    assert not torch.equal(Engine(gpt, batch=1).generate(_cond(1), 10, seed=0), before)
+
+
+def test_reset_forgets(gpt):
+    engine = Engine(gpt, batch=2)
+    first = engine.prefill(_cond(2, 5))
+    engine.prefill(_cond(1, 9))
+    assert torch.equal(engine.prefill(_cond(2, 5)), first)
+    engine.reset()
+    with pytest.raises(ValueError, match="prefill first"):
+        engine.step(torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda e: e.prefill(torch.zeros(1, 2)), TypeError, "tokens.*float32"),
+        (lambda e: e.prefill(torch.tensor([[37]])), ValueError, "0..36.*37"),
+        (lambda e: e.prefill(torch.tensor([[-1]])), ValueError, "-1"),
+        (lambda e: e.prefill(_cond(3)), ValueError, r"\[3, 1\]"),
+        (lambda e: e.prefill(torch.tensor([1])), ValueError, "2 dimensions"),
+        (lambda e: e.generate(_cond(3), 1, seed=0), ValueError, r"cond.*\[3, 1\]"),
+        (lambda e: e.generate(_cond(1), -1, seed=0), ValueError, "n must"),
+        (lambda e: e.generate(_cond(1), 1, seed=-1), ValueError, "seed"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, temperature=-1.0), ValueError, "temperature"),
+        (lambda e: e.generate(_cond(1), 0, seed=0, top_p=2.0), ValueError, "top_p"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, cfg_scale=2.0), ValueError, "null condition"),
+        (
+            lambda e: e.generate(_cond(1), 1, seed=0, cfg_scale=2.0, uncond=_cond(1, 2)),
+            ValueError,
+            "uncond",
+        ),
+        (
+            lambda e: e.generate(_cond(2), 1, seed=0, sample_index=torch.arange(3)),
+            ValueError,
+            "sample_index",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(gpt, call, error, said):
+    with pytest.raises(error, match=said):
+        call(Engine(gpt, batch=2))
+
+
+def test_step_takes_the_rows_of_the_prefill(gpt):
+    engine = Engine(gpt, batch=4)
+    engine.prefill(_cond(2))
+    with pytest.raises(ValueError, match="last prefill"):
+        engine.step(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ((torch.nn.Linear(1, 1),), TypeError, "gpt.*Linear"),
+        ((make_gpt(), "fp8"), ValueError, "precision.*fp8"),
+        ((make_gpt(), "fp32", 0), ValueError, "batch"),
+        ((make_gpt(n_unmasked=2),), ValueError, "n_unmasked"),
+    ],
+)
+def test_wrong_engines_are_refused(arguments, error, said):
+    with pytest.raises(error, match=said):
+        Engine(*arguments)
