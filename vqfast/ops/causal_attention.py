@@ -62,7 +62,7 @@ def _row_chunks(q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
 
 def _attend(q: Tensor, k: Tensor, future: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Weights [B, H, rows, keys], zero in the future, and lse [B, H, rows]."""
-    scores = (q * scale) @ k.transpose(-1, -2)  # [B, H, rows, keys]
+    scores = q @ k.transpose(-1, -2) * scale  # [B, H, rows, keys]
     scores = scores.masked_fill(future, -math.inf)
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0, top)  # nothing to attend to: every weight is zero
