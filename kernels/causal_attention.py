@@ -26,25 +26,32 @@ LOG2E = tl.constexpr(_LOG2E)
 
 
 @triton.jit
-def _tile(x, base, row, col, row_stride, col_stride, T, D):
-    """[rows, cols] of x; rows >= T and cols >= D are zero. Offsets are int64 as row is."""
-    at = base + row[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride
-    return tl.load(x + at, mask=(row < T)[:, None] & (col < D)[None, :], other=0.0)
+def _tile(x, base, start, ROWS: tl.constexpr, row_stride, col_stride, T, D, COLS: tl.constexpr):
+    """[ROWS, COLS] of x from row `start`; rows >= T and cols >= D are zero.
+
+    The block's address is int64, the offsets inside the block int32 (see `_far`), which saves registers.
+    """
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    x += base + tl.cast(start, tl.int64) * row_stride
+    mask = (start + row < T)[:, None] & (col < D)[None, :]
+    return tl.load(x + row[:, None] * row_stride + col[None, :] * col_stride, mask=mask, other=0.0)
 
 
 @triton.jit
-def _visible_dot(weight, x, visible, acc, PRECISION: tl.constexpr):
-    """acc + weight @ x, where weight is zero outside `visible` [M, N] and hidden rows of x may be NaN or infinite.
+def _visible_dot(weight, x, result_at, x_at, acc, FORWARD: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + weight @ x, where weight [M, N] is zero for hidden pairs and x [N, D] may not be finite there.
 
-    Such a value shows, as NaN, in the rows of the result that see it.
+    Row m sees row n if x_at[n] <= result_at[m] (FORWARD), or >= (not FORWARD). What is not finite shows, as NaN, in the rows
+    that see it.
     """
     finite = tl.abs(x.to(tl.float32)) < float("inf")
     clean = tl.where(finite, x, 0.0).to(x.dtype)
     acc = tl.dot(weight.to(x.dtype), clean, acc, input_precision=PRECISION)
-    if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0:
-        seen = tl.dot(visible.to(tl.float16), (~finite).to(tl.float16))
-        acc = tl.where(seen > 0.0, float("nan"), acc)
-    return acc
+    if FORWARD:
+        bad = tl.min(tl.where(finite, 2147483647, x_at[:, None]), axis=0)  # [D], the first bad row
+        return tl.where(result_at[:, None] >= bad[None, :], float("nan"), acc)
+    bad = tl.max(tl.where(finite, -1, x_at[:, None]), axis=0)  # [D], the last bad row
+    return tl.where(result_at[:, None] <= bad[None, :], float("nan"), acc)
 
 
 @triton.jit
@@ -52,10 +59,9 @@ def _forward_block(
     query, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, high, total, T, D, scale_log2,
     DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    key_at = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-    col = tl.arange(0, BLOCK_D)
-    key = _tile(k, k_base, key_at, col, k_t, k_d, T, D)
-    value = _tile(v, v_base, key_at, col, v_t, v_d, T, D)
+    key_at = start + tl.arange(0, BLOCK_N)
+    key = _tile(k, k_base, start, BLOCK_N, k_t, k_d, T, D, BLOCK_D)
+    value = _tile(v, v_base, start, BLOCK_N, v_t, v_d, T, D, BLOCK_D)
     score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [M, N]
     visible = key_at[None, :] <= row[:, None]
     if DIAGONAL:
@@ -67,7 +73,7 @@ def _forward_block(
     total = total * shrink + tl.sum(weight, axis=1)
     acc = acc * shrink[:, None]
     if DIAGONAL:
-        acc = _visible_dot(weight, value, visible, acc, PRECISION)
+        acc = _visible_dot(weight, value, row, key_at, acc, True, PRECISION)
     else:
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
     return acc, new, total
@@ -84,9 +90,9 @@ def _forward(
     first = (tl.cdiv(T, BLOCK_M) - 1 - pid // heads) * BLOCK_M  # the longest rows first
     head = (pid % heads).to(tl.int64)
     b, h = head // H, head % H
-    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_D)
-    query = _tile(q, b * q_b + h * q_h, row, col, q_t, q_d, T, D)
+    query = _tile(q, b * q_b + h * q_h, first, BLOCK_M, q_t, q_d, T, D, BLOCK_D)
     k_base, v_base = b * k_b + h * k_h, b * v_b + h * v_h
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -121,10 +127,9 @@ def _dq_block(
     query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D, scale_log2,
     DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    key_at = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-    col = tl.arange(0, BLOCK_D)
-    key = _tile(k, k_base, key_at, col, k_t, k_d, T, D)
-    value = _tile(v, v_base, key_at, col, v_t, v_d, T, D)
+    key_at = start + tl.arange(0, BLOCK_N)
+    key = _tile(k, k_base, start, BLOCK_N, k_t, k_d, T, D, BLOCK_D)
+    value = _tile(v, v_base, start, BLOCK_N, v_t, v_d, T, D, BLOCK_D)
     visible = key_at[None, :] <= row[:, None]
     score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
     weight = _weights(score, row_lse[:, None], visible, DIAGONAL)
@@ -132,7 +137,7 @@ def _dq_block(
     d_score = weight * (d_weight - delta[:, None])
     if DIAGONAL:
         d_score = tl.where(visible, d_score, 0.0)
-        return _visible_dot(d_score, key, visible, acc, PRECISION)
+        return _visible_dot(d_score, key, row, key_at, acc, True, PRECISION)
     return tl.dot(d_score.to(key.dtype), key, acc, input_precision=PRECISION)
 
 
@@ -147,11 +152,11 @@ def _backward_q(
     first = (tl.cdiv(T, BLOCK_M) - 1 - pid // heads) * BLOCK_M
     head = (pid % heads).to(tl.int64)
     b, h = head // H, head % H
-    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_D)
-    query = _tile(q, b * q_b + h * q_h, row, col, q_t, q_d, T, D)
-    up = _tile(grad, b * g_b + h * g_h, row, col, g_t, g_d, T, D)
-    result = _tile(out, head * T * D, row, col, D, 1, T, D)
+    query = _tile(q, b * q_b + h * q_h, first, BLOCK_M, q_t, q_d, T, D, BLOCK_D)
+    up = _tile(grad, b * g_b + h * g_h, first, BLOCK_M, g_t, g_d, T, D, BLOCK_D)
+    result = _tile(out, head * T * D, first, BLOCK_M, D, 1, T, D, BLOCK_D)
     delta = tl.sum(up.to(tl.float32) * result.to(tl.float32), axis=1)
     row_lse = tl.load(lse + head * T + row, mask=row < T, other=float("inf")) * LOG2E
     k_base, v_base = b * k_b + h * k_h, b * v_b + h * v_h
@@ -177,11 +182,10 @@ def _dkv_block(
     key_at, start, dk, dv, T, D, scale_log2,
     DIAGONAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = tl.arange(0, BLOCK_D)
-    query = _tile(q, q_base, row, col, q_t, q_d, T, D)
-    up = _tile(grad, g_base, row, col, g_t, g_d, T, D)
-    result = _tile(out, o_base, row, col, D, 1, T, D)
+    row = start + tl.arange(0, BLOCK_M)
+    query = _tile(q, q_base, start, BLOCK_M, q_t, q_d, T, D, BLOCK_D)
+    up = _tile(grad, g_base, start, BLOCK_M, g_t, g_d, T, D, BLOCK_D)
+    result = _tile(out, o_base, start, BLOCK_M, D, 1, T, D, BLOCK_D)
     delta = tl.sum(up.to(tl.float32) * result.to(tl.float32), axis=1)
     row_lse = tl.load(lse + l_base + row, mask=row < T, other=float("inf")) * LOG2E
     visible = key_at[:, None] <= row[None, :]  # [N, M]
@@ -191,8 +195,8 @@ def _dkv_block(
     d_score = weight * (d_weight - delta[None, :])
     if DIAGONAL:
         d_score = tl.where(visible, d_score, 0.0)
-        dv = _visible_dot(weight, up, visible, dv, PRECISION)
-        dk = _visible_dot(d_score, query, visible, dk, PRECISION)
+        dv = _visible_dot(weight, up, key_at, row, dv, False, PRECISION)
+        dk = _visible_dot(d_score, query, key_at, row, dk, False, PRECISION)
     else:
         dv = tl.dot(weight.to(up.dtype), up, dv, input_precision=PRECISION)
         dk = tl.dot(d_score.to(query.dtype), query, dk, input_precision=PRECISION)
@@ -210,10 +214,10 @@ def _backward_kv(
     first = (pid // heads) * BLOCK_N  # the first keys are seen by most rows
     head = (pid % heads).to(tl.int64)
     b, h = head // H, head % H
-    key_at = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+    key_at = first + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
-    key = _tile(k, b * k_b + h * k_h, key_at, col, k_t, k_d, T, D)
-    value = _tile(v, b * v_b + h * v_h, key_at, col, v_t, v_d, T, D)
+    key = _tile(k, b * k_b + h * k_h, first, BLOCK_N, k_t, k_d, T, D, BLOCK_D)
+    value = _tile(v, b * v_b + h * v_h, first, BLOCK_N, v_t, v_d, T, D, BLOCK_D)
     g_base, q_base = b * g_b + h * g_h, b * q_b + h * q_h
     key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -235,7 +239,7 @@ def _backward_kv(
 
 # (widest d, bytes of an element): BLOCK of the own side, BLOCK of the side walked, warps, stages
 _FORWARD = {
-    (64, 2): (128, 64, 4, 3), (128, 2): (128, 64, 8, 3), (256, 2): (64, 32, 4, 2),
+    (64, 2): (128, 64, 8, 3), (128, 2): (128, 64, 8, 3), (256, 2): (64, 32, 4, 2),
     (64, 4): (64, 32, 4, 2), (128, 4): (64, 32, 4, 2), (256, 4): (32, 16, 4, 1),
 }  # fmt: skip
 _BACKWARD = {
@@ -259,11 +263,19 @@ def _shape(q: Tensor, table: dict, swap: bool = False) -> dict:
     }
 
 
+def _far(**tensors: Tensor) -> str | None:
+    """A stride too long for int32 offsets inside a block of at most 128 rows and 256 columns."""
+    for name, t in tensors.items():
+        if 128 * abs(t.stride(2)) + 256 * abs(t.stride(3)) >= 2**31:
+            return f"{name} has strides {t.stride()}"
+    return None
+
+
 def unsupported_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """Why these inputs cannot run: a dtype other than float32, float16 or bfloat16, or d > 256."""
     if q.shape[-1] > 256:
         return f"head dim {q.shape[-1]} is above 256"
-    return not_floats(q=q, k=k, v=v)
+    return not_floats(q=q, k=k, v=v) or _far(q=q, k=k, v=v)
 
 
 def causal_attention(
@@ -285,7 +297,7 @@ def unsupported_causal_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> str | None:
     """Why these inputs cannot run, as for the forward pass."""
-    return unsupported_causal_attention(q, k, v, scale) or not_floats(grad=grad)
+    return unsupported_causal_attention(q, k, v, scale) or not_floats(grad=grad) or _far(grad=grad)
 
 
 def causal_attention_backward(

@@ -101,6 +101,66 @@ def cross_entropy_shows_bad_rows_and_masks_impossible_tokens():
     assert torch.allclose(loss[3:5].double(), right, rtol=1e-6)
 
 
+# ---- nearest code --------------------------------------------------------------------------------
+
+
+def found_right(z, codebook, metric, what):
+    from vqfast.testing import compare
+
+    indices, distances = run("nearest", z, codebook, metric)
+    right, scores = plain("nearest", z, codebook, metric)
+    name = ("l2", "cosine", "dot")[metric]
+    assert compare.nearest_wrong_rows(indices, z, codebook, name) == 0, f"{what} {name}"
+    assert torch.equal(indices, right), f"{what} {name}"
+    same = (distances == scores) | (distances.isnan() & scores.isnan())
+    assert same.all() and distances.dtype == torch.float32, f"{what} {name}"
+
+
+@check
+def nearest_is_exact_at_hostile_sizes():
+    sizes = ((1, 1, 1), (5, 3, 2), (70, 131, 4), (33, 257, 8), (9, 65, 10), (65, 300, 17), (3, 129, 64), (7, 70, 257))
+    for i, (N, K, D) in enumerate(sizes):
+        for j, (zt, ct) in enumerate(((torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32))):
+            z, c = normal(N + D, N, D, dtype=zt), normal(K, K, D, dtype=ct)
+            found_right(z, c, (i + j) % 3, f"{zt} {ct} {N} {K} {D}")
+    found_right(normal(1, 0, 3), normal(2, 5, 3), 0, "no rows")
+
+
+@check
+def nearest_is_exact_on_hard_data():
+    z, c = normal(1, 40, 24), normal(2, 300, 24)
+    for scale in (1e-40, 1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e30):
+        found_right(z * scale, c * scale, 0, f"scale {scale}")
+    found_right(z * 1e-12, c, 1, "small rows")
+    found_right(z, c * 1e-14, 1, "small codes")
+    wide = 10 ** (24 * torch.rand(300, 1, generator=rng(3)) - 6)
+    found_right(z * wide[:40].flip(0), c * wide, 0, "norms 1e-6 .. 1e18")
+    found_right(z + 1e4, c + 1e4, 0, "shifted")
+    found_right(z, (torch.rand(300, 24, generator=rng(4)) * 2 - 1) / 300, 0, "taming's start")
+    for metric in range(3):
+        found_right(c[torch.randint(300, (40,), generator=rng(5))], c, metric, "equal to codes")
+        found_right(z, c[:3].repeat(100, 1), metric, "three codes")
+        found_right(z * 0, c * 0, metric, "all zero")
+        zero = c.clone()
+        zero[7] = 0
+        found_right(-zero[:40].abs(), zero, metric, "a zero code")
+    whole = torch.randint(-2, 3, (300, 3), generator=rng(6)).float()
+    found_right(whole[:40] + 0.5, whole, 0, "ties of integers")
+
+
+@check
+def nearest_keeps_what_is_not_finite_apart():
+    for metric in range(3):
+        for D in (5, 24):
+            z, c = normal(1, 40, D), normal(2, 200, D)
+            z[::9, D // 2] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan"), float("inf")])
+            found_right(z, c, metric, "bad rows")
+            for k, bad in ((0, "nan"), (1, "inf"), (31, "-inf"), (199, "nan")):
+                c[k, k % D] = float(bad)
+            found_right(z, c, metric, "bad rows and codes")
+            found_right(z, c * float("nan"), metric, "no code is finite")
+
+
 # ---- code statistics -----------------------------------------------------------------------------
 
 
