@@ -54,20 +54,21 @@ def _half(x, scale, part, LOW: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, row, count, col, width, D):
-    """[rows, cols] in float32; zero outside."""
-    at = row.to(tl.int64)[:, None] * D + col[None, :]
-    mask = (row < count)[:, None] & (width < D)[None, :]
-    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+def _rows(x, start, ROWS: tl.constexpr, count, col, width, D):
+    """[ROWS, cols] in float32 from row `start`; zero outside. The block's address is int64, offsets inside it int32."""
+    row = tl.arange(0, ROWS)
+    mask = (start + row < count)[:, None] & (width < D)[None, :]
+    x += tl.cast(start, tl.int64) * D
+    return tl.load(x + row[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _square_sum(x, row, count, D, DP: tl.constexpr):
-    """[rows] sums of squares over all columns, DP at a time."""
-    total = tl.zeros([row.shape[0]], tl.float32)
-    for start in range(0, D, DP):
-        col = start + tl.arange(0, DP)
-        value = _rows(x, row, count, col, col, D)
+def _square_sum(x, start, ROWS: tl.constexpr, count, D, DP: tl.constexpr):
+    """[ROWS] sums of squares over all columns, DP at a time."""
+    total = tl.zeros([ROWS], tl.float32)
+    for at in range(0, D, DP):
+        col = at + tl.arange(0, DP)
+        value = _rows(x, start, ROWS, count, col, col, D)
         total += tl.sum(value * value, axis=1)
     return total
 
@@ -116,21 +117,21 @@ def _screen(
     METRIC: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(0) * BLOCK_M
     lane = tl.arange(0, DP)
     part = lane // D if SPLIT else lane * 0
     col = lane - part * D if SPLIT else lane
     width = tl.where(part < 3, col, D) if SPLIT else col  # columns past the third part are zero
 
     # norms of the rows, and the scale of the block
-    norm2 = _square_sum(z, row, N, D, 16 if SPLIT else DP)
+    norm2 = _square_sum(z, begin, BLOCK_M, N, D, 16 if SPLIT else min(DP, 64))
     floor: tl.constexpr = 1e-20 if METRIC == 1 else 0.0
     sane = (norm2 >= floor) & (norm2 <= 1.2089258196146292e24)  # 2^80; false for NaN
     Z = tl.sqrt(tl.max(tl.where(sane, norm2, 0.0), axis=0)) * (1.0 + gamma) + TINY
     z_scale = _power(Z)
     C = 0.525 * Z * Z if METRIC == 0 else (1.05 * Z if METRIC == 1 else 0.0)
     if RESIDENT:
-        value = tl.where(sane[:, None], _rows(z, row, N, col, width, D), 0.0)
+        value = tl.where(sane[:, None], _rows(z, begin, BLOCK_M, N, col, width, D), 0.0)
         z_half = _half(value, z_scale, part, 2, SPLIT)
 
     integer: tl.constexpr = METRIC != 2
@@ -147,11 +148,11 @@ def _screen(
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = k < K
         if RESIDENT:
-            code = _rows(codebook, k, K, col, width, D)
+            code = _rows(codebook, tile * BLOCK_K, BLOCK_K, K, col, width, D)
             counted = tl.where(part[None, :] == 0, code * code, 0.0) if SPLIT else code * code
             code_norm2 = tl.sum(counted, axis=1)
         else:
-            code_norm2 = _square_sum(codebook, k, K, D, DP)
+            code_norm2 = _square_sum(codebook, tile * BLOCK_K, BLOCK_K, K, D, DP)
         lower, norm, usable, unsafe = _column_terms(code_norm2, inside, Z, C, alpha, gamma, METRIC)
         longest = tl.maximum(longest, tl.max(tl.where(usable, norm, 0.0), axis=0))
         unsafe_codes += tl.max(unsafe.to(tl.int32), axis=0)
@@ -164,8 +165,10 @@ def _screen(
             product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
             for start in range(0, D, DP):
                 at = start + lane
-                value = tl.where(sane[:, None], _rows(z, row, N, at, at, D), 0.0)
-                code = tl.where(usable[:, None], _rows(codebook, k, K, at, at, D), 0.0)
+                value = _rows(z, begin, BLOCK_M, N, at, at, D)
+                value = tl.where(sane[:, None], value, 0.0)
+                code = _rows(codebook, tile * BLOCK_K, BLOCK_K, K, at, at, D)
+                code = tl.where(usable[:, None], code, 0.0)
                 c_half = _half(code, c_scale[:, None], part, 1, False)
                 product = tl.dot(_half(value, z_scale, part, 2, False), tl.trans(c_half), product)
         factor = 1.0 / (z_scale * c_scale)
@@ -205,6 +208,7 @@ def _screen(
     certain = sane & (tl.min(third, axis=1) > limit) & (g3 == NO_GROUP) & (tl.abs(limit) < 1e27)
     certain = certain & (unsafe_codes == 0)
     groups = g0.to(tl.int64) | (g1.to(tl.int64) << 21) | (g2.to(tl.int64) << 42)
+    row = begin.to(tl.int64) + tl.arange(0, BLOCK_M)
     tl.store(packed + row, tl.where(certain, groups, SLOW_ROW), mask=row < N)
 
 
@@ -311,7 +315,7 @@ def _plan(z: Tensor, codebook: Tensor, metric: int) -> tuple[dict, float, float]
         "BLOCK_K": 128 if resident and width <= 128 else 64,
         "DP": width if resident else 64,
         "num_warps": 4 if small else 8,
-        "num_stages": 2 if resident else 1,
+        "num_stages": 2 if resident and width < 256 else 1,
         "enable_fp_fusion": True,
     }
     return plan, alpha, (D + 16) * 2.0**-22

@@ -119,12 +119,34 @@ class Compiled:
         )
 
     def instructions(self):
-        """[(address, opcode with its suffixes, operands)]"""
-        pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);"
-        return [(int(a, 16), o, rest) for a, o, rest in re.findall(pattern, self.sass)]
+        """[(opcode with its suffixes, label before it or None, label that it names or None)]"""
+        found, label = [], None
+        for line in self.sass.splitlines():
+            if at := re.match(r"(\.L_x_\d+):", line):
+                label = at[1]
+            pattern = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);"
+            if at := re.match(pattern, line):
+                target = re.search(r"\.L_x_\d+", at[2])
+                found.append((at[1], label, target and target[0]))
+                label = None
+        assert found, f"no instructions in the disassembly of {self.name}"
+        return found
 
     def count(self, opcode):
-        return sum(o.startswith(opcode) for _, o, _ in self.instructions())
+        return sum(o.startswith(opcode) for o, _, _ in self.instructions())
+
+    def loop_around(self, opcode):
+        """Opcodes of the shortest loop that holds one."""
+        instructions = self.instructions()
+        place = {label: i for i, (_, label, _) in enumerate(instructions) if label}
+        loops = [
+            [o for o, _, _ in instructions[place[target] : i + 1]]
+            for i, (o, _, target) in enumerate(instructions)
+            if o.startswith("BRA") and target in place and place[target] <= i
+        ]
+        loops = [body for body in loops if any(o.startswith(opcode) for o in body)]
+        assert loops, f"{self.name} has no loop around {opcode}"
+        return min(loops, key=len)
 
 
 # ---- cases: op, inputs on the meta device --------------------------------------------------------
@@ -175,11 +197,20 @@ def _decode_attention():
         yield "decode_attention", (meta(8, 16, d, dtype=dtype), cache, cache, 200)
 
 
+def _nearest():
+    for N, K, D, dtype in ((32768, 16384, 256, F32), (32768, 16384, 64, F16), (32768, 16384, 8, F32),
+                           (256, 1024, 256, BF16), (8192, 300, 16, F16), (300, 300, 500, F32)):  # fmt: skip
+        yield "nearest", (meta(N, D, dtype=dtype), meta(K, D, dtype=dtype), 0)
+    yield "nearest", (meta(32768, 64), meta(16384, 64), 1)
+    yield "nearest", (meta(32768, 64), meta(16384, 64), 2)
+
+
 CASES = {
     "causal_attention": _causal_attention,
     "cross_entropy": _cross_entropy,
     "code_stats": _code_stats,
     "group_norm_silu": _group_norm_silu,
+    "nearest": _nearest,
     "sample_logits": _sample_logits,
     "decode_attention": _decode_attention,
 }
