@@ -9,7 +9,6 @@ The gate is that of every op that the network runs on.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -50,6 +49,14 @@ class Case(NamedTuple):
     id: str
     measure: str
     inputs: Callable[[], tuple]
+
+
+class Told(NamedTuple):
+    """What an opponent is told of the case besides its inputs."""
+
+    id: str
+    dtype: str
+    device: str
 
 
 def _images(batch: int, side: int) -> torch.Tensor:
@@ -172,7 +179,7 @@ def _gate(gate: Gate, measure: str) -> None:
     backend = "cpu" if _native.load() is not None else "reference"
     known = ops.load_all()
     for op in _OPS[measure]:
-        if op in known and op in _dispatch.OPS and not gate.passes(op, backend):
+        if op in known and op in _dispatch.OPS and not gate.passes(op, backend, part=True):
             raise RefusedError("; ".join(f"{k}: {v}" for k, v in gate.refused.items()))
 
 
@@ -195,8 +202,8 @@ def run(
         for dtype in options.dtypes:
             say(f"timing {case.measure} {case.id} {dtype}")
             ours = {"vqfast": _ours(case, dtype, inputs, options.device)}
-            of_dtype = dataclasses.replace(_Opponent(case.id), dtype=dtype, device=options.device)
-            peers, missing = baselines.runners(case.measure, of_dtype, inputs)
+            told = Told(case.id, dtype, options.device)
+            peers, missing = baselines.runners(case.measure, told, inputs)
             times = race(
                 {**ours, **peers},
                 device=options.device,
@@ -204,20 +211,7 @@ def run(
                 least_s=0.0,
                 budget_s=options.budget_s,
             )
-            note = _work(case, inputs) + ("" if options.gate else ", UNVERIFIED")
-            yield (
-                rows_of(
-                    case.measure, case.id, dtype, times, {"vqfast"}, None, None, {"vqfast": note}
-                ),
-                {},
-                missing,
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opponent:
-    """What an opponent is told of the case besides its inputs."""
-
-    id: str
-    dtype: str = "fp32"
-    device: str = "cpu"
+            notes = {name: getattr(peer, "note", "") for name, peer in peers.items()}
+            notes["vqfast"] = _work(case, inputs) + ("" if options.gate else ", UNVERIFIED")
+            key = (case.measure, case.id, dtype)
+            yield rows_of(*key, times, {"vqfast"}, None, None, notes), {}, missing

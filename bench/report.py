@@ -73,11 +73,12 @@ def table(rows: list[Row]) -> str:
         for r in rows:
             if r.measure == measure:
                 cells.append(_cells(r))
-        widths = [max(len(c[i]) for c in cells) for i in range(len(_HEAD) - 1)]
+        shown = [i for i in range(len(_HEAD)) if any(c[i] not in ("-", "") for c in cells[1:])]
+        widths = [max(len(c[i]) for c in cells) for i in shown]
         lines.append(f"== {measure}")
         for c in cells:
-            left = "  ".join(v.ljust(w) for v, w in zip(c, widths, strict=False))
-            lines.append(f"{left}  {c[-1]}".rstrip())
+            columns = zip((c[i] for i in shown), widths, strict=True)
+            lines.append("  ".join(v.ljust(w) for v, w in columns).rstrip())
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ installed are listed as absent. Times are p50 [p20-p80]. The last line is one JS
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -66,11 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     absent: dict[str, str] = {}
     failure = ""
     try:
-        for part, part_cost, missing in _suite(args, say):
-            rows += part
-            cost |= part_cost
-            absent |= missing
-            print(report.table(part), file=shown, flush=True)
+        # some opponents print: that may not mix with the JSON
+        with contextlib.redirect_stdout(shown):
+            for part, part_cost, missing in _suite(args, say):
+                rows += part
+                cost |= part_cost
+                absent |= missing
+                print(report.table(part), flush=True)
     except ValueError as error:
         say(f"bench: {error}")
         return 2

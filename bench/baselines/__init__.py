@@ -6,7 +6,8 @@ An opponent file has
     make(measure, case, inputs) -> function of no arguments that does the work once
 and may raise `Unsuitable` in `make` for a case that it cannot do. `inputs` are those of our own
 runner: the raw op's tensors and scalars, or what networks.py says. Preparation that a user would do
-once (an index that is built, norms of a frozen codebook) belongs into `make`, outside the clock.
+once (an index that is built, norms of a frozen codebook) belongs into `make`, outside the clock. A
+function may carry a `note` for the table, such as another precision than that of the row.
 """
 
 import importlib

@@ -12,9 +12,11 @@ MEASURES = ("encode", "decode")
 
 
 def version() -> str:
-    import diffusers
-    from diffusers import VQModel  # noqa: F401  is it importable?
-
+    try:
+        import diffusers
+        from diffusers import VQModel  # noqa: F401  is it importable?
+    except RuntimeError as error:  # how its lazy modules pass on a failed import
+        raise ImportError(str(error)) from None
     return f"diffusers {diffusers.__version__}"
 
 

@@ -80,10 +80,11 @@ def race(
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
             taken[name].append(_seconds(runners[name], repeats[name], device))
-    return {n: _times(t) for n, t in taken.items()}
+    return {n: summary(t) for n, t in taken.items()}
 
 
-def _times(t: list[float]) -> Times:
+def summary(t: list[float]) -> Times:
+    """Median and quantiles of the seconds of each round."""
     s = sorted(t)
     at = lambda q: s[min(len(s) - 1, round(q * (len(s) - 1)))]  # noqa: E731
     return Times(statistics.median(s), at(0.2), at(0.8), tuple(t))

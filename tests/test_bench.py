@@ -1,0 +1,130 @@
+"""The bench's own rules: opponents by file name, the gate, the table and the last line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqfast.testing import check
+from vqfast.testing.cases import cases
+from vqfast.testing.timing import summary
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The folder on the path, as `python bench/run.py` puts it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def test_every_opponent_is_found_by_its_file_and_says_what_it_measures(bench):
+    import baselines
+
+    files = {p.stem for p in (BENCH / "baselines").glob("*.py")} - {"__init__"}
+    found = set()
+    for measure in ("nearest", "quantize", "causal_attention", "group_norm_silu", "sample_logits"):
+        present, absent = baselines.opponents(measure)
+        found |= set(present) | set(absent)
+        assert {"torch_cdist", "chunked_addmm"} <= set(present) or measure != "nearest"
+    for measure in ("encode", "decode", "generate", "train_tokenizer", "train_transformer"):
+        present, absent = baselines.opponents(measure)
+        found |= set(present) | set(absent)
+    assert found == files
+
+
+def test_missing_opponent_is_listed_with_its_reason(bench, monkeypatch):
+    import baselines
+
+    for name in list(sys.modules):
+        if name.split(".")[0] == "faiss":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    present, absent = baselines.opponents("nearest")
+    assert "faiss_cpu" not in present and "faiss" in absent["faiss_cpu"]
+
+
+def test_opponents_of_the_search_give_the_nearest_codes(bench):
+    import baselines
+
+    g = torch.Generator().manual_seed(0)
+    codebook = torch.randn(40, 6, generator=g)
+    want = torch.randint(40, (64,), generator=g)
+    z = codebook[want] + 1e-3 * torch.randn(64, 6, generator=g)
+    runs, _ = baselines.runners("nearest", None, (z, codebook, 0))
+    assert len(runs) >= 3
+    for name, run in runs.items():
+        assert torch.equal(run().reshape(-1), want), name
+    _, refused = baselines.runners("nearest", None, (z, codebook, 2))
+    assert set(runs) <= set(refused)
+
+
+def test_opponents_of_the_other_ops_agree_with_the_references(bench):
+    import baselines
+    import micro
+
+    from vqfast import _dispatch
+
+    for measure in micro.measures(None):
+        if measure.name in ("nearest", "quantize", "sample_logits"):
+            continue
+        case = cases(measure.op, "smoke")[0]
+        inputs = measure.inputs(case, torch.float32, "cpu")
+        want = _dispatch.OPS[measure.name].reference(*inputs)
+        want = want if isinstance(want, tuple) else (want,)
+        for name, run in baselines.runners(measure.name, case, inputs)[0].items():
+            got = run()
+            got = got if isinstance(got, (tuple, list)) else (got,)
+            for a, b in zip(got, want, strict=False):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=f"{measure.name} {name}")
+
+
+def test_gate_refuses_an_op_whose_checks_fail_and_runs_them_once(bench, monkeypatch):
+    import micro
+
+    calls = []
+
+    def failing(device, op):
+        calls.append(op)
+        yield check.Row(op, "edge_n0", "float32", "cpu", True, 0.0)
+        yield check.Row(op, "smoke", "float32", "cpu", False, 9.0, "output 0: 3 differ")
+
+    monkeypatch.setattr(check, "check_ops", failing)
+    gate = micro.Gate("cpu", True, lambda text: None)
+    assert not gate.passes("nearest", "cpu") and not gate.passes("nearest", "cpu")
+    assert calls == ["nearest"]
+    assert "1 of 2 checks fail; nearest smoke float32: output 0: 3 differ" in str(gate.refused)
+    assert not gate.passes("nearest", "triton"), "a kernel without any check has no number"
+    assert micro.Gate("cpu", False, lambda text: None).passes("nearest", "cpu")
+
+
+def test_table_has_ratios_and_hides_empty_columns(bench):
+    import report
+
+    times = {"vqfast cpu": summary([0.010, 0.012, 0.011]), "peer": summary([0.030, 0.024, 0.033])}
+    rows = report.rows_of("nearest", "c", "fp32", times, {"vqfast cpu"}, (1e6, 2e9))
+    ours, peer = rows
+    assert ours.p50 == pytest.approx(11) and ours.ratios == {"peer": pytest.approx(3)}
+    assert ours.gflop_s == pytest.approx(2 / 0.011) and not peer.ratios
+    text = report.table(rows)
+    assert "3.00x peer" in text and "% roof" not in text and "GB/s" in text
+    line = report.record(rows, {"device": "x"}, {}, "passed")
+    assert json.loads(json.dumps(line))["rows"][0]["ratios"]["peer"] == pytest.approx(3)
+
+
+@pytest.mark.slow
+def test_run_prints_a_table_and_one_json_object_last(tmp_path):
+    flags = ["--case", "vqgan_f16_1024", "--budget", "1", "--rounds", "3", "--no-gate"]
+    start = [sys.executable, BENCH / "run.py", "--op"]
+    command = [*start, "code_stats", *flags, "--plot", tmp_path / "a.png"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    line = json.loads(run.stdout.splitlines()[-1])
+    assert line["gate"] == "UNVERIFIED" and "UNVERIFIED" in run.stdout
+    assert {r["contestant"] for r in line["rows"]} >= {"torch_plain"}
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    bad = subprocess.run([*start, "paint"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "nearest" in bad.stderr
