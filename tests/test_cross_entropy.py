@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqfast.ops import cross_entropy
 from vqfast.testing import compare, tolerances
@@ -128,6 +129,18 @@ def test_compiles_with_its_backward():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     (found,) = torch.autograd.grad(compiled(logits, targets), logits)
     assert torch.equal(found, expected)
+
+
+def test_fake_and_meta_tensors_have_no_data_to_check():
+    with FakeTensorMode():
+        loss = cross_entropy(torch.empty(5, 7), torch.empty(5, dtype=torch.int64))
+    assert loss.shape == ()
+    meta = cross_entropy(
+        torch.empty(5, 7, device="meta"),
+        torch.empty(5, device="meta", dtype=torch.int64),
+        reduction="none",
+    )
+    assert meta.shape == (5,) and meta.device.type == "meta"
 
 
 L, TARGETS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)

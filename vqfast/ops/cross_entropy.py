@@ -30,8 +30,9 @@ def _validate(logits: Any, targets: Any, reduction: Any) -> None:
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got {list(logits.shape)}")
     _check.shape("targets", targets, logits.shape[:-1], "to match logits without their last dim")
-    # a compiled graph cannot branch on data; there a target out of range gives a loss of NaN
-    if targets.numel() and not torch.compiler.is_compiling() and targets.device.type != "meta":
+    # a graph, a fake or a meta tensor has no data to look at; there a bad target gives NaN
+    has_data = type(targets) is Tensor and not targets.is_meta
+    if targets.numel() and has_data and not torch.compiler.is_compiling():
         low, high = (int(t) for t in targets.aminmax())
         if low < 0 or high >= logits.shape[-1]:
             raise ValueError(
