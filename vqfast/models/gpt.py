@@ -132,7 +132,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        # _init draws; nn.Embedding's own draw would import half of torch when on the meta device
+        empty = torch.empty(config.vocab_size, config.n_embd)
+        self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
@@ -235,7 +237,7 @@ class GPT(nn.Module):
 
 def _init(module: nn.Module) -> None:
     """Weights N(0, 0.02); biases, LayerNorms and positions keep 0, (1, 0) and 0."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -59,7 +59,10 @@ class GumbelQuantizer(Quantizer):
         self.temperature = _check.number("temp_init", temp_init, low=0.0, low_open=True)
         self.straight_through, self.use_vqinterface = straight_through, use_vqinterface
         self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
-        self.embed = nn.Embedding(n_embed, embedding_dim)
+        # on the meta device a normal draw imports half of torch (seconds), for nothing
+        self.embed = nn.Embedding.from_pretrained(torch.empty(n_embed, embedding_dim), freeze=False)
+        if not self.embed.weight.is_meta:
+            nn.init.normal_(self.embed.weight)
 
     def codebook(self) -> Tensor:
         return wide(self.embed.weight)

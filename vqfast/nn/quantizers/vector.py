@@ -47,7 +47,8 @@ class VectorQuantizer(Quantizer):
         _check.choice("metric", metric, ("l2", "cosine", "dot"))
         self.beta = _check.number("beta", beta, low=0.0)
         self.sane_index_shape, self.legacy, self.metric = sane_index_shape, legacy, metric
-        self.embedding = nn.Embedding(n_e, e_dim)
+        # nn.Embedding's own normal draw imports half of torch (seconds) on the meta device
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(n_e, e_dim), freeze=False)
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
 
     def codebook(self) -> Tensor:
