@@ -2,8 +2,8 @@
 // decode_step. No include guard: a kernel file includes it once per instruction set, after simd.h.
 //
 // Numerics: float accumulators; running maximum over chunks of kChunk slots (Milakov and
-// Gimelshein, arXiv:1805.02867), so the order of every sum depends on length and d alone. Slots
-// from `length` on are never read.
+//   Gimelshein, arXiv:1805.02867), so the order of every sum depends on length and d alone. Slots
+//   from `length` on are never read.
 
 namespace vqfast::VQFAST_ISA {
 

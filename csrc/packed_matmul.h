@@ -2,12 +2,12 @@
 // decode_step. No include guard: a kernel file includes it once per instruction set, after simd.h.
 //
 // Numerics: float32 accumulators. Each output is a sum of blocks of 32 columns, each summed in the
-// order of the columns by one chain of multiply-adds, times the scale of the block (int4), and the
-// whole times the scale of the row (int8). So no output depends on the number of rows, their order,
-// or the threads. Relative error about (32 + K / 32) / 2 ulp at worst. Shape of the code: a panel
-// of 16 outputs is read once from memory, column by column, and used for all rows: up to 8 at a
-// time with AVX-512, 4 else. With one row, 4 panels run side by side to hide the latency of the
-// multiply-add.
+//   order of the columns by one chain of multiply-adds, times the scale of the block (int4), and
+//   the whole times the scale of the row (int8). So no output depends on the number of rows, their
+//   order, or the threads. Error at most about (32 + K / 32) eps times the sum of |w x|.
+// Shape of the code: a panel of 16 outputs is read once from memory, column by column, and used for
+//   all rows: up to 8 at a time with AVX-512, 4 else. With one row, 4 panels run side by side to
+//   hide the latency of the multiply-add.
 
 namespace vqfast::VQFAST_ISA {
 

@@ -1,12 +1,11 @@
-// Computes: out[b, h] = sum_t softmax_t(<q[b, h], k[b, h, t]> / sqrt(d)) v[b, h, t] over the first
-// `length` slots.
+// Computes: out[b, h] = sum_t softmax_t(<q[b, h], k[b, h, t]> / sqrt(d)) v[b, h, t], t < length.
 //   q [B, H, d] float32, float16 or bfloat16; k, v [B, H, S, d] of one such dtype -> out like q.
 // Contract: slots from `length` on are never read. A head of a row is one thread's work, in one
-// order: no batch size or
-//   thread count changes a bit.
-// Numerics: float32 accumulators, see attend.h; the error grows with the logarithm of d and with
-// length / 64. Shape of the code: one task per (b, h); k and v are streamed once, 64 slots at a
-// time. Ladder: one pass for all scores, then chunks with a running maximum (no scratch of size S).
+//   order: no batch size or thread count changes a bit. length 0 gives zeros.
+// Numerics: float32 accumulators, see attend.h; rounded once to the dtype of q.
+// Shape of the code: one task per (b, h); k and v are streamed once, 64 slots at a time.
+// Ladder: first version. Next: scores of 16 slots at a time from a transposed k, without the
+//   horizontal sum of each dot product.
 #include <cmath>
 #include <vector>
 

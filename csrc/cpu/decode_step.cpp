@@ -1,22 +1,19 @@
 // Computes: one token of R sequences through all layers of a GPT, with its key-value cache:
-// embedding; per layer
-//   h += proj(attend(qkv(LN1 h), cache)), h += out(gelu(fc(LN2 h))); logits = head(LN h) of the
-//   last n_logits rows. tokens, slots, positions [R]; caches [L, B, H, S, d] float32 or bfloat16,
-//   written in place; packed weights as vqfast/ops/decode_step.py describes -> logits [n_logits,
-//   V]; scratch [R, row].
+//   embedding; per layer h += proj(attend(qkv(LN1 h), cache)), h += out(gelu(fc(LN2 h))); logits =
+//   head(LN h) of the last n_logits rows. tokens, slots, positions [R]; caches [L, B, H, S, d]
+//   float32 or bfloat16, written in place; packed weights as vqfast/ops/decode_step.py describes
+//   -> logits [n_logits, V]; scratch [R, row].
 // Contract: keys and values of all rows of a layer are in the cache before a row attends; slots
-// past a row's position are
-//   never read. All indices were checked by the caller. Every float of scratch is written before it
-//   is read.
+//   past a row's position are never read. All indices were checked by the caller. Every float of
+//   scratch is written before it is read.
 // Numerics: float32 activations and accumulators in all formats. The order of each sum is fixed
-// (packed_matmul.h,
-//   attend.h; LayerNorm in lanes): a row's bits depend on its own sequence alone. erf by two
-//   polynomials fitted to float64, absolute error < 2e-7.
+//   (packed_matmul.h, attend.h; LayerNorm in lanes): a row's bits depend on its own sequence alone.
+//   erf by two polynomials fitted to float64, absolute error < 2e-7.
 // Shape of the code: phases of parallel_for, each over what it writes: rows (LayerNorm), panels of
-// 16 outputs (matrices),
-//   heads (append, attend). Weights are read once per call for all rows; 6 phases per layer.
-// Ladder: row-major dot products, then panels (no horizontal sums, one read of a column serves all
-// rows).
+//   16 outputs (matrices), heads (append, attend). Weights are read once per call for all rows;
+//   7 phases per layer.
+// Ladder: first version: panels, so that no sum is horizontal and one read of a column serves all
+//   rows. Next: one parallel region for the whole step; int8 dot products for int8 and int4.
 #include <cmath>
 
 #include "half.h"

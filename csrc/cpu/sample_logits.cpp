@@ -1,19 +1,16 @@
-// Computes: token[b] = one draw from softmax(top_k(logits[b] / temperature)) cut by top_p, or
-// argmax at temperature 0.
-//   Logits [B, V] float32, float16 or bfloat16; sample_index [B] int64 -> token [B] int64, -1 for a
-//   row without a distribution (NaN, +inf, or nothing but -inf).
-// Contract: order temperature, top-k (ties of the k-th stay), softmax, top-p (falling probability,
-// equal ones by token; the
-//   crossing token stays), draw: the first token in vocabulary order whose running sum exceeds u *
-//   total.
-// Numerics: exp and all sums in double, sequential in vocabulary order (sorted order for top-p). A
-// row is one thread's
-//   work and depends on nothing but itself. u has 53 bits of Philox4x32-10, key = seed, counter =
-//   (sample, position).
+// Computes: token[b] = one draw from softmax(top_k(logits[b] / temperature)) cut by top_p, or the
+//   argmax at temperature 0. Logits [B, V] float32, float16 or bfloat16; sample_index [B] int64 -> token
+//   [B] int64, -1 for a row without a distribution (NaN, +inf, or nothing but -inf).
+// Contract: order temperature, top-k (ties of the k-th stay), softmax, top-p (falling logits, equal
+//   ones by token; the crossing token stays), draw: the first token in vocabulary order whose
+//   running sum exceeds u * total.
+// Numerics: exp and all sums in double, in vocabulary order (sorted order for top-p). A row is one
+//   thread's work and depends on nothing but itself. u has 53 bits of Philox4x32-10, key = seed,
+//   counter = (sample, position).
 // Shape of the code: widen the row once; the k-th largest by a histogram of the high bits of
-// order-preserving keys, then
-//   quickselect inside one bin; exp of the kept tokens only; sort of the kept tokens only.
-// Ladder: std::nth_element on the whole row, then the histogram in front of it.
+//   order-preserving keys, then quickselect inside one bin; exp and sort of the kept tokens only.
+// Ladder: first version. Scalar code, compiled once for the plain target. Next: a vector exp for
+//   draws without top-k.
 #include <algorithm>
 #include <array>
 #include <cmath>
