@@ -1,6 +1,6 @@
 // Computes: token[b] = one draw from softmax(top_k(logits[b] / temperature)) cut by top_p, or the
-//   argmax at temperature 0. Logits [B, V] float32, float16 or bfloat16; sample_index [B] int64 -> token
-//   [B] int64, -1 for a row without a distribution (NaN, +inf, or nothing but -inf).
+//   argmax at temperature 0. Logits [B, V] float32, float16 or bfloat16; sample_index [B] int64 ->
+//   token [B] int64, -1 for a row without a distribution (NaN, +inf, or nothing but -inf).
 // Contract: order temperature, top-k (ties of the k-th stay), softmax, top-p (falling logits, equal
 //   ones by token; the crossing token stays), draw: the first token in vocabulary order whose
 //   running sum exceeds u * total.
