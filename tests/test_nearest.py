@@ -117,7 +117,9 @@ def test_indices_and_distances_are_the_oracles_on_every_isa(each_isa, D, metric)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_data_on_every_isa(each_isa, name):
     for D in (3, 8, 40):
-        assert_exact(*HARD[name](65, 259, D))
+        z, codebook = HARD[name](65, 259, D)
+        assert_exact(z, codebook)
+        assert_exact(z[:3], codebook)  # a few rows are not screened
 
 
 @pytest.mark.parametrize("name", HARD)

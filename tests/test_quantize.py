@@ -173,6 +173,13 @@ def test_compiles_without_a_graph_break():
             torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=1e-6)
 
 
+def test_second_derivatives_are_refused():
+    z, codebook = leaves(torch.float32, normal(1, 6, 4), normal(2, 5, 4))
+    first = torch.autograd.grad(vqfast.quantize(z, codebook).loss, z, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()
+
+
 def test_no_vectors_give_no_loss():
     z, codebook = leaves(torch.float32, torch.zeros(0, 4), normal(2, 5, 4))
     q = vqfast.quantize(z, codebook)

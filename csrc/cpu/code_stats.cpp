@@ -1,10 +1,12 @@
 // Computes: counts[k] = number of n with indices[n] = k;  sums[k, :] = sum of those rows z[n, :].
-// Contract: indices [N] in 0..K-1 (std::out_of_range otherwise), z [N, D], both contiguous. Codes without rows give 0.
-// Numerics: float64 accumulators, rows added in ascending n, one rounding to float32 at the end: the result does not
-//   depend on threads or instruction set, and repeats bit for bit.
-// Shape of the code: a counting sort of row ids (histogram, scan, scatter), then one pass over the runs; each code is
-//   summed by one thread in a scratch of D doubles and written once. Reads z once, N row ids twice. Runs are shared out by
-//   rows, not by codes, so a skewed histogram stays balanced up to its largest code.
+// Contract: indices [N] in 0..K-1 (std::out_of_range otherwise), z [N, D], both contiguous. Codes
+//   without rows give 0.
+// Numerics: float64 accumulators, rows added in ascending n, one rounding to float32 at the end:
+//   the result does not depend on threads or instruction set, and repeats bit for bit.
+// Shape of the code: a counting sort of row ids (histogram, scan, scatter), then one pass over the
+//   runs; each code is summed by one thread in a scratch of D doubles and written once. Reads z
+//   once, N row ids twice. Runs are shared out by rows, not by codes, so a skewed histogram stays
+//   balanced up to its largest code.
 // Ladder: first step.
 #include <algorithm>
 #include <cstdint>
@@ -25,8 +27,8 @@ namespace {
 constexpr int64_t kGrain = 1024;  // rows
 
 template <class T>
-void sum_runs(const T* z, int64_t D, const int64_t* start, const int64_t* order, int64_t K, int64_t begin, int64_t end,
-              float* sums) {
+void sum_runs(const T* z, int64_t D, const int64_t* start, const int64_t* order, int64_t K,
+              int64_t begin, int64_t end, float* sums) {
   std::vector<double> total(D);
   // the codes whose run starts in [begin, end)
   const int64_t first = std::lower_bound(start, start + K, begin) - start;
@@ -51,7 +53,8 @@ void run(const Args& args) {
   std::fill(sums, sums + K * D, 0.0f);
   for (int64_t n = 0; n < N; ++n) {
     if (code[n] < 0 || code[n] >= K) {
-      throw std::out_of_range("indices must be in 0.." + std::to_string(K - 1) + ", got " + std::to_string(code[n]));
+      throw std::out_of_range("indices must be in 0.." + std::to_string(K - 1) + ", got " +
+                              std::to_string(code[n]));
     }
     ++counts[code[n]];
   }
@@ -60,9 +63,12 @@ void run(const Args& args) {
   std::copy(start.begin(), start.end() - 1, next.begin());
   for (int64_t n = 0; n < N; ++n) order[next[code[n]]++] = n;
   parallel_for(args.threads, N, kGrain, [&](int64_t begin, int64_t end) {
-    if (z.dtype == DType::f32) sum_runs(z.as<float>(), D, start.data(), order.data(), K, begin, end, sums);
-    if (z.dtype == DType::f16) sum_runs(z.as<f16>(), D, start.data(), order.data(), K, begin, end, sums);
-    if (z.dtype == DType::bf16) sum_runs(z.as<bf16>(), D, start.data(), order.data(), K, begin, end, sums);
+    if (z.dtype == DType::f32)
+      sum_runs(z.as<float>(), D, start.data(), order.data(), K, begin, end, sums);
+    if (z.dtype == DType::f16)
+      sum_runs(z.as<f16>(), D, start.data(), order.data(), K, begin, end, sums);
+    if (z.dtype == DType::bf16)
+      sum_runs(z.as<bf16>(), D, start.data(), order.data(), K, begin, end, sums);
   });
 }
 

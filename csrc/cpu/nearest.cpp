@@ -1,23 +1,30 @@
-// Computes: for each row z_n the nearest code, argmin_k score64(z_n, c_k), and that score; see nearest_exact.h.
-// Contract: z [N, D], codebook [K, D] contiguous; ties give the lowest index; a row that is not finite gives index 0 and
-//   score NaN; a code that is not finite never wins. Equal on every instruction set, thread count and split of the rows.
-// Numerics: a float32 screen leaves every code that may win, float64 decides. In units of S, a power of two that brings the
-//   largest code coordinate near 1, and about a centre m, let a = S (z - m), b_k = S (c_k - m), t_k = |b_k|^2/2 - a.b_k,
-//   which orders codes as |z - c_k|^2 does (dot: m = 0, no norm). The screen computes t_k from a and b rounded to float32
-//   with error at most
-//     E_k = (D+16) 2^-24 (|a||b_k| + |b_k|^2/2)    rounding of a, b, each product and each sum, in any order
-//         + (D+8) 2^-53 (|a| + |b_k|)^2            rounding of score64 itself
-//         + (D+8) 2^-122 (1 + |a|)                 underflow, flushed or not
-//   so a code with t_k - E_k > min_j (t_j + E_j) cannot win. |b_k| is taken as the largest of its tile of codes. Rows with
-//   a coordinate above 2^50 are not screened: every code goes to float64. No other scale needs care: what underflows in
-//   float32 only widens the set that float64 sees.
-// Shape of the code: codes are packed on every call (a cache keyed by address goes stale unseen) into tiles of
-//   kLanes x V codes: lane l holds V consecutive codes, so the minimum over a tile's V vectors gives kLanes group minima
-//   with no shuffle and no index; flagged groups are V neighbouring rows of the codebook. D > 8: register tile of 12 (6)
-//   rows x 2 vectors, z broadcast from L1. D <= 8: z stays in registers, codes stream, one load feeds several rows.
-//   Codes equal to an earlier one are dropped (a collapsed codebook would send all of them to float64).
+// Computes: for each row z_n the nearest code, argmin_k score64(z_n, c_k), and that score; the
+//   definition is in nearest_exact.h.
+// Contract: z [N, D], codebook [K, D] contiguous; ties give the lowest index; a row that is not
+//   finite gives index 0 and score NaN; a code that is not finite never wins. Equal on every
+//   instruction set, thread count and split of the rows.
+// Numerics: a float32 screen leaves every code that may win, float64 decides. In units of S, a
+//   power of two that brings the largest code coordinate near 1, and about a centre m, let
+//     a = S (z - m),  b_k = S (c_k - m),  t_k = |b_k|^2 / 2 - a.b_k,
+//   which orders codes as |z - c_k|^2 does (dot: m = 0 and no norm). The screen computes t_k from a
+//   and b rounded to float32, and half of score64 differs from it, up to a constant of the row, by
+//     E_k = (D+16) 2^-24 (|a||b_k| + |b_k|^2/2)  rounding of a, b, products and sums, any order
+//         + (D+8) 2^-53 (|a| + |b_k|)^2          rounding of score64 itself
+//         + (D+8) 2^-122 (1 + |a|)               underflow, flushed or not
+//   at most, so a code with t_k - E_k > min_j (t_j + E_j) cannot win. |b_k| is taken as the largest
+//   of its tile of codes. Rows with a coordinate above 2^50 are not screened: every code goes to
+//   float64. No other scale needs care: underflow only widens the set that float64 sees.
+// Shape of the code: codes are packed on every call (a cache keyed by address goes stale unseen)
+//   into tiles of kLanes x V codes. Lane l holds V consecutive codes, so the minimum over a tile's
+//   V vectors gives kLanes group minima with no shuffle and no index; a flagged group is V
+//   neighbouring rows of the codebook. D > 8: register tile of 12 (6) rows x 2 vectors, z broadcast
+//   from L1. D <= 8: z stays in registers, codes stream, one load feeds several rows. Codes equal
+//   to an earlier one are dropped, as a collapsed codebook would send all of them to float64.
 //   Memory: 32 MiB of packed codes, under 2 MiB per thread, 8 bytes per row.
-// Ladder: this is the float32 step. An int8 screen (vpdpbusd) has four times its rate from D = 32 on.
+// Ladder: packing that wrote one code after another cost as much as screening 200 rows (K 16384,
+//   D 256); by panels, with one pass less over the codebook, a third of that. This is the float32
+//   step, at the rate of torch's sgemm on the same core (Zen 4, 2026-11-23: 38 GMAC/s for both at
+//   D 256, on a shared machine). An int8 screen (vpdpbusd) has four times its rate from D = 32 on.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -42,6 +49,7 @@ constexpr int kTileRows = VQFAST_LANES == 16 ? 12 : 6;  // divides kRowUnit, as 
 constexpr int64_t kRowUnit = 12;
 constexpr int64_t kPackedBytes = int64_t{32} << 20;
 constexpr float kWild = 0x1p50f;
+constexpr int64_t kFewRows = 4;
 
 VQFAST_INLINE VF lesser(VF a, VF b) {
 #if VQFAST_LANES == 16
@@ -101,7 +109,8 @@ inline uint64_t hash_of(const float* x, int64_t D) {
   uint64_t h = 0;
   for (int64_t i = 0; i < D; ++i) {
     const uint32_t bits = float_bits(x[i] + 0.0f);  // -0 and 0 are one code
-    h += static_cast<uint64_t>(bits) * (0x9E3779B97F4A7C15u + static_cast<uint64_t>(i) * 0xD1B54A32D192ED04u);
+    h += static_cast<uint64_t>(bits) *
+         (0x9E3779B97F4A7C15u + static_cast<uint64_t>(i) * 0xD1B54A32D192ED04u);
   }
   return h;
 }
@@ -125,17 +134,19 @@ void skip_repeated(Book& b) {
   }
 }
 
-// m: the median of each coordinate over a sample (a mean would follow a single huge code); S from all codes
-void place_frame(Book& b, int threads) {
+// m: the median of each coordinate over a sample (a mean would follow a single huge code)
+void place_centre(Book& b) {
   constexpr int64_t kSample = 33;
   std::vector<double> rows, column;
   b.centre.assign(b.D, 0.0);
+  if (b.metric == kDot) return;
   int64_t count = 0;
   for (int64_t j = 0; j < std::min(kSample, b.K); ++j) {
     const int64_t k = b.K <= kSample ? j : j * b.K / kSample;
-    if (b.skip[k] || b.metric == kDot) continue;
+    const float* c = b.codes + k * b.D;
+    if (!all_finite(c, b.D)) continue;
     rows.resize((count + 1) * b.D);
-    load64(b.codes + k * b.D, b.norm(k), b.D, rows.data() + count++ * b.D);
+    load64(c, b.metric == kCosine ? norm64(c, b.D) : 0.0, b.D, rows.data() + count++ * b.D);
   }
   column.resize(count);
   for (int64_t i = 0; i < b.D && count > 0; ++i) {
@@ -143,25 +154,11 @@ void place_frame(Book& b, int threads) {
     std::nth_element(column.begin(), column.begin() + count / 2, column.end());
     b.centre[i] = column[count / 2];
   }
-  std::vector<double> largest(b.K, 0.0);
-  parallel_for(threads, b.K, 64, [&](int64_t begin, int64_t end) {
-    std::vector<double> row(b.D);
-    for (int64_t k = begin; k < end; ++k) {
-      if (b.skip[k]) continue;
-      load64(b.codes + k * b.D, b.norm(k), b.D, row.data());
-      double m = 0.0;
-      for (int64_t i = 0; i < b.D; ++i) {
-        const double d = std::fabs(row[i] - b.centre[i]);
-        m = d > m ? d : m;
-      }
-      largest[k] = m;
-    }
-  });
-  const double top = *std::max_element(largest.begin(), largest.end());
-  if (top > 0.0) b.scale = std::ldexp(1.0, -std::ilogb(top));
 }
 
-void read_book(const View& v, int metric, int threads, Book& b) {
+// float32 codes, and per code whether it takes part and its norm; with `frame` also (m, S) and
+// repeated codes
+void read_book(const View& v, int metric, int threads, bool frame, Book& b) {
   b.K = v.shape[0];
   b.D = v.shape[1];
   b.metric = metric;
@@ -169,62 +166,73 @@ void read_book(const View& v, int metric, int threads, Book& b) {
   if (v.dtype != DType::f32) {
     b.converted.reset(new float[b.K * b.D]);
     b.codes = b.converted.get();
+    parallel_for(threads, b.K, 64, [&](int64_t begin, int64_t end) {
+      widen(v, begin * b.D, (end - begin) * b.D, b.converted.get() + begin * b.D);
+    });
   }
   b.skip.resize(b.K);
-  b.hash.resize(b.K);
   if (metric == kCosine) b.norms.resize(b.K);
+  if (frame) place_centre(b);
+  if (frame) b.hash.resize(b.K);
+  std::vector<double> reach(b.K, 0.0);
   parallel_for(threads, b.K, 64, [&](int64_t begin, int64_t end) {
-    if (b.converted) widen(v, begin * b.D, (end - begin) * b.D, b.converted.get() + begin * b.D);
+    std::vector<double> row(b.D);
     for (int64_t k = begin; k < end; ++k) {
       const float* c = b.codes + k * b.D;
       b.skip[k] = !all_finite(c, b.D);
-      b.hash[k] = hash_of(c, b.D);
+      if (b.skip[k]) continue;
       if (metric == kCosine) b.norms[k] = norm64(c, b.D);
+      if (!frame) continue;
+      b.hash[k] = hash_of(c, b.D);
+      load64(c, b.norm(k), b.D, row.data());
+      for (int64_t i = 0; i < b.D; ++i) row[i] -= b.centre[i];
+      reach[k] = largest_magnitude(row.data(), b.D);
     }
   });
+  if (!frame) return;
+  const double top = *std::max_element(reach.begin(), reach.end());
+  if (top > 0.0) b.scale = std::ldexp(1.0, -std::ilogb(top));
+  skip_repeated(b);
 }
 
-// A run of codes packed for the screen: tile t, vector v, lane l is code first + (t V + ...) as `code_of` says.
+// A run of codes packed for the screen: tile t, vector v, lane l is code first + (t V + ...) as
+// `code_of` says.
 struct Packed {
   int64_t first, count, tiles;
-  int64_t depth;  // D, padded to 1, 2, 4 or 8 for the small kernel
-  int V;          // vectors per tile, codes per group
-  int width;      // vectors that lie side by side: 2, or 1 for the small kernel
+  int64_t depth;                   // D, padded to 1, 2, 4 or 8 for the small kernel
+  int V;                           // vectors per tile, codes per group
+  int width;                       // vectors that lie side by side: 2, or 1 for the small kernel
   std::unique_ptr<float[]> codes;  // [tiles][V / width][depth][width][kLanes], negated
-  std::vector<float> bias;         // [tiles][V][kLanes]  |b|^2/2, 0 for dot, infinity where there is no code
-  std::vector<float> slope, shift; // [tiles]: E = |a| slope + shift + a part that is the row's
+  std::vector<float>
+      bias;  // [tiles][V][kLanes]  |b|^2/2, 0 for dot, infinity where there is no code
+  std::vector<float> slope, shift;  // [tiles]: E = |a| slope + shift + a part that is the row's
 
   int64_t tile_codes() const { return static_cast<int64_t>(kLanes) * V; }
 };
 
-void pack_tile(const Book& b, Packed& p, int64_t t, double* row, float* rounded) {
+// Codes of a tile, and their slots: of each pair (or single vector) all lanes, so that stores stay
+// in one panel.
+void pack_tile(const Book& b, Packed& p, int64_t t, double* row) {
   const int64_t W = p.width, step = W * kLanes, D = b.D;
-  float* tile = p.codes.get() + t * p.tile_codes() * p.depth;
   float* bias = p.bias.data() + t * p.tile_codes();
   double widest = 0.0;
-  for (int l = 0; l < kLanes; ++l) {
-    for (int v = 0; v < p.V; ++v) {
-      const int64_t k = t * p.tile_codes() + static_cast<int64_t>(l) * p.V + v;
-      float* out = tile + (v / W) * p.depth * step + (v % W) * kLanes + l;
-      if (k >= p.count || b.skip[p.first + k]) {
-        for (int64_t i = 0; i < p.depth; ++i) out[i * step] = 0.0f;
-        bias[v * kLanes + l] = std::numeric_limits<float>::infinity();
-        continue;
-      }
-      const int64_t code = p.first + k;
-      load64(b.codes + code * D, b.norm(code), D, row);
-      for (int64_t i = 0; i < D; ++i) {
-        row[i] = (b.centre[i] - row[i]) * b.scale;
-        rounded[i] = static_cast<float>(row[i]);
-      }
-      double squares[4] = {};
-      for (int64_t i = 0; i < D; ++i) squares[i & 3] += row[i] * row[i];
-      const double square = squares[0] + squares[1] + squares[2] + squares[3];
-      for (int64_t i = 0; i < D; ++i) out[i * step] = rounded[i];
-      for (int64_t i = D; i < p.depth; ++i) out[i * step] = 0.0f;
-      bias[v * kLanes + l] = b.metric == kDot ? 0.0f : static_cast<float>(square / 2);
-      widest = square > widest ? square : widest;
+  for (int slot = 0; slot < p.V * kLanes; ++slot) {
+    const int64_t panel = slot / step, l = slot % step / W, w = slot % W, v = panel * W + w;
+    const int64_t k = t * p.tile_codes() + l * p.V + v;
+    float* out =
+        p.codes.get() + t * p.tile_codes() * p.depth + panel * p.depth * step + w * kLanes + l;
+    if (k >= p.count || b.skip[p.first + k]) {
+      for (int64_t i = 0; i < p.depth; ++i) out[i * step] = 0.0f;
+      bias[v * kLanes + l] = std::numeric_limits<float>::infinity();
+      continue;
     }
+    load64(b.codes + (p.first + k) * D, b.norm(p.first + k), D, row);
+    for (int64_t i = 0; i < D; ++i) row[i] = (b.centre[i] - row[i]) * b.scale;
+    for (int64_t i = 0; i < D; ++i) out[i * step] = static_cast<float>(row[i]);
+    for (int64_t i = D; i < p.depth; ++i) out[i * step] = 0.0f;
+    const double square = sum_squares(row, D);
+    bias[v * kLanes + l] = b.metric == kDot ? 0.0f : static_cast<float>(square / 2);
+    widest = square > widest ? square : widest;
   }
   const double g = static_cast<double>(D + 16) * 0x1p-24, h = static_cast<double>(D + 8) * 0x1p-52;
   const double up = 1.0 + 0x1p-12;  // covers the rounding of these two and of sums with them
@@ -247,8 +255,7 @@ void pack(const Book& b, int64_t first, int64_t count, int threads, Packed& p) {
   p.shift.resize(p.tiles);
   parallel_for(threads, p.tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> row(b.D);
-    std::vector<float> rounded(b.D);
-    for (int64_t t = begin; t < end; ++t) pack_tile(b, p, t, row.data(), rounded.data());
+    for (int64_t t = begin; t < end; ++t) pack_tile(b, p, t, row.data());
   });
 }
 
@@ -256,7 +263,8 @@ void pack(const Book& b, int64_t first, int64_t count, int threads, Packed& p) {
 
 // R rows against all V vectors of a tile; z in registers
 template <int DEPTH, int R>
-void small_rows(const float* a, int64_t rows, const float* tile, const float* bias, int V, int64_t stride, float* minima) {
+void small_rows(const float* a, int64_t rows, const float* tile, const float* bias, int V,
+                int64_t stride, float* minima) {
   for (int64_t r = 0; r < rows; r += R) {
     VF x[R][DEPTH], m[R];
     for (int i = 0; i < R; ++i) {
@@ -280,8 +288,8 @@ void small_rows(const float* a, int64_t rows, const float* tile, const float* bi
 }
 
 // kTileRows rows against two vectors of codes at a time; sums in registers
-void tile_rows(const float* a, int64_t rows, int64_t D, const float* tile, const float* bias, int V, int64_t stride,
-               float* minima) {
+void tile_rows(const float* a, int64_t rows, int64_t D, const float* tile, const float* bias, int V,
+               int64_t stride, float* minima) {
   constexpr int R = kTileRows;
   for (int64_t r = 0; r < rows; r += R) {
     const float* x = a + r * D;
@@ -334,9 +342,10 @@ void screen(const Packed& p, const float* a, int64_t rows, float* minima) {
 // ---- one block of rows, by one thread
 
 struct Rows {
-  std::vector<float> values, a, minima;  // [rows, D] when converted; [rows, depth]; [rows, tiles, kLanes]
-  std::vector<double> z, scratch;        // [D]
-  std::vector<float> length;             // [rows] |a|, or -1 not finite, or infinity: not to be screened
+  std::vector<float> values, a,
+      minima;                      // [rows, D] when converted; [rows, depth]; [rows, tiles, kLanes]
+  std::vector<double> z, scratch;  // [D]
+  std::vector<float> length;       // [rows] |a|, or -1 not finite, or infinity: not to be screened
 };
 
 // a = S (z - m), rounded, and its length; false where the row is not finite
@@ -344,13 +353,10 @@ float place_row(const Book& b, const float* x, int64_t depth, double* row, float
   std::fill(a, a + depth, 0.0f);
   if (!all_finite(x, b.D)) return -1.0f;
   load64(x, b.metric == kCosine ? norm64(x, b.D) : 0.0, b.D, row);
-  double top = 0.0, squares[4] = {};
   for (int64_t i = 0; i < b.D; ++i) row[i] = (row[i] - b.centre[i]) * b.scale;
-  for (int64_t i = 0; i < b.D; ++i) top = std::fabs(row[i]) > top ? std::fabs(row[i]) : top;
-  if (top > kWild) return std::numeric_limits<float>::infinity();
+  if (largest_magnitude(row, b.D) > kWild) return std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < b.D; ++i) a[i] = static_cast<float>(row[i]);
-  for (int64_t i = 0; i < b.D; ++i) squares[i & 3] += row[i] * row[i];
-  return static_cast<float>(std::sqrt(squares[0] + squares[1] + squares[2] + squares[3]) * (1.0 + 0x1p-12));
+  return static_cast<float>(std::sqrt(sum_squares(row, b.D)) * (1.0 + 0x1p-12));
 }
 
 // every group whose least screened score reaches the bound, in ascending order of codes
@@ -358,7 +364,9 @@ template <class F>
 void flagged(const Packed& p, const float* minima, float length, int64_t D, F&& group) {
   const bool all = length == std::numeric_limits<float>::infinity();
   const double d = static_cast<double>(D + 8), A = length;
-  const float own = all ? 0.0f : static_cast<float>(d * 0x1p-52 * A * A * (1.0 + 0x1p-12) + d * 0x1p-121 * (1.0 + A));
+  const float own =
+      all ? 0.0f
+          : static_cast<float>(d * 0x1p-52 * A * A * (1.0 + 0x1p-12) + d * 0x1p-121 * (1.0 + A));
   VF best = broadcast(std::numeric_limits<float>::infinity());
   if (!all) {
     for (int64_t t = 0; t < p.tiles; ++t) {
@@ -383,7 +391,29 @@ struct Answer {
   double* score;  // best so far over the runs of codes
 };
 
-void search_block(const Book& b, const Packed& p, const View& z, int64_t n0, int64_t rows, Rows& w, const Answer& out) {
+// the codes that `each` names, against row x in float64
+template <class F>
+void decide(const Book& b, const float* x, double* z, double* scratch, int64_t n, const Answer& out,
+            F&& each) {
+  const bool cosine = b.metric == kCosine;
+  load64(x, cosine ? norm64(x, b.D) : 0.0, b.D, z);
+  Contest contest(b.codes, cosine ? b.norms.data() : nullptr, z, scratch, b.D, b.metric);
+  each([&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      if (!b.skip[k]) contest.enter(k);
+    }
+  });
+  double score;
+  const int64_t k = contest.winner(&score);
+  if (k >= 0 && !(out.score[n] <= score)) {  // NaN: the first one
+    out.score[n] = score;
+    out.index[n] = k;
+    out.distance[n] = static_cast<float>(score);
+  }
+}
+
+void search_block(const Book& b, const Packed& p, const View& z, int64_t n0, int64_t rows, Rows& w,
+                  const Answer& out) {
   const int64_t D = b.D, padded = (rows + kRowUnit - 1) / kRowUnit * kRowUnit;
   const float* x = z.as<float>() + n0 * D;
   if (z.dtype != DType::f32) {
@@ -396,23 +426,24 @@ void search_block(const Book& b, const Packed& p, const View& z, int64_t n0, int
   std::fill(w.a.data() + rows * p.depth, w.a.data() + padded * p.depth, 0.0f);
   screen(p, w.a.data(), padded, w.minima.data());
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t n = n0 + r;
     if (w.length[r] < 0.0f) continue;  // index 0 and NaN since the start
-    load64(x + r * D, b.metric == kCosine ? norm64(x + r * D, D) : 0.0, D, w.z.data());
-    Contest contest(b.codes, b.metric == kCosine ? b.norms.data() : nullptr, w.z.data(), w.scratch.data(), D, b.metric);
-    flagged(p, w.minima.data() + r * p.tiles * kLanes, w.length[r], D, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        if (!b.skip[k]) contest.enter(k);
-      }
+    decide(b, x + r * D, w.z.data(), w.scratch.data(), n0 + r, out, [&](auto&& enter) {
+      flagged(p, w.minima.data() + r * p.tiles * kLanes, w.length[r], D, enter);
     });
-    double score;
-    const int64_t k = contest.winner(&score);
-    if (k >= 0 && !(out.score[n] <= score)) {  // NaN: the first one
-      out.score[n] = score;
-      out.index[n] = k;
-      out.distance[n] = static_cast<float>(score);
-    }
   }
+}
+
+// a few rows: cheaper in float64 against every code than to pack the codes
+void search_directly(const Book& b, const View& z, int64_t N, int threads, const Answer& out) {
+  parallel_for(threads, N, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(b.D);
+    std::vector<double> row(b.D), scratch(b.D);
+    for (int64_t n = begin; n < end; ++n) {
+      widen(z, n * b.D, b.D, x.data());
+      if (!all_finite(x.data(), b.D)) continue;
+      decide(b, x.data(), row.data(), scratch.data(), n, out, [&](auto&& enter) { enter(0, b.K); });
+    }
+  });
 }
 
 // rows per block: z and the minima of a block stay in the second-level cache
@@ -432,11 +463,12 @@ void run(const Args& args) {
   std::fill(out.distance, out.distance + N, std::numeric_limits<float>::quiet_NaN());
   if (N == 0) return;
   Book book;
-  read_book(codebook, static_cast<int>(args.s[0].i), args.threads, book);
-  skip_repeated(book);
-  place_frame(book, args.threads);
+  const bool few = N <= kFewRows;
+  read_book(codebook, static_cast<int>(args.s[0].i), args.threads, !few, book);
+  if (few) return search_directly(book, z, N, args.threads, out);
   const int64_t unit = kLanes * 16;
-  const int64_t run_codes = std::max(unit, std::min<int64_t>(65536, kPackedBytes / (4 * D)) / unit * unit);
+  const int64_t run_codes =
+      std::max(unit, std::min<int64_t>(65536, kPackedBytes / (4 * D)) / unit * unit);
   for (int64_t first = 0; first < K; first += run_codes) {
     Packed p;
     pack(book, first, std::min(run_codes, K - first), args.threads, p);
@@ -449,7 +481,8 @@ void run(const Args& args) {
       w.z.resize(D);
       w.scratch.resize(D);
       w.length.resize(block);
-      for (int64_t n = begin; n < end; n += block) search_block(book, p, z, n, std::min(block, end - n), w, out);
+      for (int64_t n = begin; n < end; n += block)
+        search_block(book, p, z, n, std::min(block, end - n), w, out);
     });
   }
 }

@@ -1,15 +1,18 @@
-// The last word of the nearest-code search: float64, one formula and one order on every instruction set.
+// The last word of the nearest-code search: float64, one formula and one order on every set.
 //
-// Included once per instruction set by nearest.cpp, inside namespace vqfast::VQFAST_ISA (so without an include guard).
+// Included once per instruction set by nearest.cpp, inside namespace vqfast::VQFAST_ISA, so it has
+// no include guard.
 //
-// score64 is the definition: the sequential float64 sum of squared differences (l2, cosine) or the negative sequential
-// sum of products (dot), without fused multiply-add. A float64 vector sum `Estimate` brackets it first, as the sequential
-// chain costs D additions one after another; only codes whose bracket reaches the best one are scored by score64.
+// score64 is the definition: the sequential float64 sum of squared differences (l2, cosine) or the
+// negative sequential sum of products (dot), without fused multiply-add. A vector sum brackets it
+// first (`bracket`), as the sequential chain costs D additions one after another; only codes whose
+// bracket reaches the best one are scored by score64.
 
 enum Metric { kL2, kCosine, kDot };
 
 typedef double VD __attribute__((vector_size(VQFAST_LANES * 4)));
-typedef float VH __attribute__((vector_size(VQFAST_LANES * 2)));  // as many floats as VD has doubles
+typedef float VH
+    __attribute__((vector_size(VQFAST_LANES * 2)));  // as many floats as VD has doubles
 constexpr int kHalfLanes = VQFAST_LANES / 2;
 
 // float64 copy of a row; a cosine row is divided by its norm (norm 0: take it as it is)
@@ -27,6 +30,36 @@ inline double norm64(const float* x, int64_t D) {
   for (int64_t i = 0; i < D; ++i) s += static_cast<double>(x[i]) * x[i];
   s = std::sqrt(s);
   return s > 1e-12 ? s : 1e-12;
+}
+
+VQFAST_INLINE VD load_d(const double* p) {
+  VD v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// plain vector sums and maxima, in an order that differs by instruction set: for bounds only
+inline double sum_squares(const double* x, int64_t D) {
+  VD s = {};
+  int64_t i = 0;
+  for (; i + kHalfLanes <= D; i += kHalfLanes) s += load_d(x + i) * load_d(x + i);
+  double sum = 0.0;
+  for (; i < D; ++i) sum += x[i] * x[i];
+  for (int j = 0; j < kHalfLanes; ++j) sum += s[j];
+  return sum;
+}
+inline double largest_magnitude(const double* x, int64_t D) {
+  VD high = {}, low = {};
+  int64_t i = 0;
+  for (; i + kHalfLanes <= D; i += kHalfLanes) {
+    const VD v = load_d(x + i);
+    high = v > high ? v : high;
+    low = v < low ? v : low;
+  }
+  double top = 0.0;
+  for (; i < D; ++i) top = std::fabs(x[i]) > top ? std::fabs(x[i]) : top;
+  for (int j = 0; j < kHalfLanes; ++j) top = std::max(top, std::max(high[j], -low[j]));
+  return top;
 }
 
 inline double score64(const double* z, const double* c, int64_t D, int metric) {
@@ -67,22 +100,15 @@ VQFAST_INLINE Bracket bracket(const double* z, const T* c, int64_t D, int metric
       __builtin_memcpy(&v, c + i, sizeof v);
       return __builtin_convertvector(v, VD);
     } else {
-      VD v;
-      __builtin_memcpy(&v, c + i, sizeof v);
-      return v;
+      return load_d(c + i);
     }
-  };
-  const auto load_z = [&](int64_t i) {
-    VD v;
-    __builtin_memcpy(&v, z + i, sizeof v);
-    return v;
   };
   int64_t i = 0;
   for (; i + 2 * kHalfLanes <= D; i += 2 * kHalfLanes) {
-    term(0, load_z(i), load_c(i));
-    term(1, load_z(i + kHalfLanes), load_c(i + kHalfLanes));
+    term(0, load_d(z + i), load_c(i));
+    term(1, load_d(z + i + kHalfLanes), load_c(i + kHalfLanes));
   }
-  for (; i + kHalfLanes <= D; i += kHalfLanes) term(0, load_z(i), load_c(i));
+  for (; i + kHalfLanes <= D; i += kHalfLanes) term(0, load_d(z + i), load_c(i));
   for (; i < D; ++i) {
     const double b = c[i];
     if (metric == kDot) {
@@ -116,7 +142,8 @@ struct Contest {
   double low[kRoom];
   double exact[kRoom];  // score64 once known, else NaN
 
-  Contest(const float* codes, const double* norms, const double* z, double* scratch, int64_t D, int metric)
+  Contest(const float* codes, const double* norms, const double* z, double* scratch, int64_t D,
+          int metric)
       : codes(codes), norms(norms), z(z), scratch(scratch), D(D), metric(metric) {}
 
   double norm(int64_t k) const { return norms ? norms[k] : 0.0; }

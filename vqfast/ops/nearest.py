@@ -25,9 +25,8 @@ from vqfast._dispatch import Op
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 _PAIRS = 1 << 21  # (row, code) pairs screened at once by the reference: 16 MiB of float64
 _VALUES = 1 << 20  # float64 values of a slice of pairs that are scored directly
-_WORK = (
-    1 << 35
-)  # multiply-adds per kernel call, some tenths of a second: Ctrl-C is seen between calls
+# multiply-adds per kernel call, some tenths of a second: Ctrl-C is seen between calls
+_WORK = 1 << 34
 
 
 def check(z: Any, codebook: Any, metric: Any) -> None:

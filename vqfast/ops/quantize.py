@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqfast import _check
 
@@ -56,6 +57,7 @@ class _Quantize(torch.autograd.Function):
         return z_q, mean * (to_z + to_codes)
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong in silence
     def backward(ctx: Any, grad_z_q: Tensor, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         difference, indices = ctx.saved_tensors
         step = grad_loss * (2.0 / max(1, difference.numel()))
