@@ -12,6 +12,7 @@ _WHERE = {
     "GumbelQuantizer": "vqfast.nn.quantizers.gumbel",
     "EMAVectorQuantizer": "vqfast.nn.quantizers.ema",
     "GroupNormSiLU": "vqfast.nn.blocks",
+    "Conv3x3": "vqfast.nn.blocks",
     "ResBlock": "vqfast.nn.blocks",
     "Downsample": "vqfast.nn.blocks",
     "Upsample": "vqfast.nn.blocks",

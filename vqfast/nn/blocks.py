@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqfast.ops import group_norm_silu
+from vqfast.ops import conv3x3, group_norm_silu
 
 GROUPS = 32
 # torch's default is 1e-5; every released checkpoint was trained with this one
@@ -39,6 +39,19 @@ class GroupNormSiLU(nn.GroupNorm):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution, padding 1. In float32 on a CPU and without gradients it is `ops.conv3x3`."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        on_cpu = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if torch.is_grad_enabled() or not on_cpu or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return conv3x3(x, self.weight, self.bias)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut only where channels change.
 
@@ -51,10 +64,10 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = GroupNormSiLU(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = GroupNormSiLU(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         changes = in_channels != out_channels
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes else None
 

@@ -2,8 +2,8 @@
 have the shape.
 
 Letters as in the contract: N vectors, D code dimension, K codes; B batch, H heads, T tokens, d head
-dimension; C channels, H W height and width; V vocabulary; S cache slots of which n are written.
-(H is heads in attention, height in group norm.)
+dimension; C channels, O output channels, H W height and width; V vocabulary; S cache slots of which
+n are written. (H is heads in attention, height in group norm.)
 """
 
 from typing import NamedTuple
@@ -69,6 +69,14 @@ CASES: tuple[Case, ...] = (
     _case("group_norm_silu", "edge_one_pixel", "edge", B=3, C=32, H=1, W=1, groups=8),
     _case("group_norm_silu", "edge_primes", "edge", B=1, C=39, H=5, W=11, groups=13),
     _case("group_norm_silu", "edge_b0", "edge", B=0, C=32, H=2, W=2, groups=32),
+    # ---- 3x3 convolution (the kernel takes 1024 positions and 32 channels, or more)
+    _case("conv3x3", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
+    _case("conv3x3", "vqgan_128px", "bench", B=1, C=256, O=256, H=128, W=128),
+    _case("conv3x3", "vqgan_32px", "bench", B=4, C=512, O=256, H=32, W=32),
+    _case("conv3x3", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
+    _case("conv3x3", "edge_odd", "edge", B=1, C=37, O=67, H=41, W=25),
+    _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
+    _case("conv3x3", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
     # ---- token loss
     _case("cross_entropy", "vqgan_f16_16384", "bench", N=2048, V=16384),
     _case("cross_entropy", "vqgan_f16_1024", "bench", N=4096, V=1024),

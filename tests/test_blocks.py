@@ -1,0 +1,89 @@
+"""Blocks of the stage-1 network: padding, resampling, attention, convolution without gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vqfast.nn.attention import SpatialAttention
+from vqfast.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, upsample_conv
+from vqfast.ops import conv3x3
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    down = Downsample(1)
+    down.conv.weight.data = torch.zeros(1, 1, 3, 3)
+    down.conv.weight.data[0, 0, 2, 2] = 1  # reads the pixel two right and two below
+    down.conv.bias.data.zero_()
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert down(x).tolist() == [[[[10.0, 0.0], [0.0, 0.0]]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 16, 9, 5), (1, 32, 1, 1), (1, 64, 32, 33)])
+def test_upsampling_repeats_then_convolves(shape, dtype):
+    up = Upsample(shape[1]).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    big = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    plain = F.conv2d(big, up.conv.weight, up.conv.bias, padding=1)
+    assert torch.equal(up(x), plain)  # with gradients, nothing is folded
+    exact = F.conv2d(big.double(), up.conv.weight.double(), up.conv.bias.double(), padding=1)
+    with torch.no_grad():
+        folded = upsample_conv(x, up.conv.weight, up.conv.bias)
+        used = folded if x[0, 0].numel() >= Upsample.LEAST_POSITIONS else plain
+        assert torch.equal(up(x), used)
+    assert folded.dtype == dtype and folded.shape == plain.shape
+    # the error rule of the project: twice plain torch's, plus eps
+    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps
+    assert (folded.double() - exact).abs().max() <= allowed
+
+
+def test_attention_is_permutation_equivariant_over_positions():
+    # not causal, no positions: shuffling the grid shuffles the result
+    torch.manual_seed(0)
+    attn, x = SpatialAttention(32), torch.randn(2, 32, 3, 5)
+    order = torch.randperm(15)
+    shuffled = x.flatten(2)[:, :, order].reshape(x.shape)
+    torch.testing.assert_close(attn(shuffled), attn(x).flatten(2)[:, :, order].reshape(x.shape))
+
+
+def test_shortcut_exists_only_where_channels_change():
+    assert ResBlock(32, 32).nin_shortcut is None
+    assert ResBlock(32, 64).nin_shortcut.weight.shape == (64, 32, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 33, 32), (1, 32, 40, 27), (1, 40, 5, 5)])
+def test_convolution_without_gradient_keeps_the_error_rule(shape):
+    torch.manual_seed(0)
+    conv, x = Conv3x3(shape[1], 48), torch.randn(shape)
+    plain = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    assert torch.equal(conv(x), plain)  # with gradients it is torch's
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    with torch.no_grad():
+        got = conv(x)
+        alone = conv(x[-1:])
+    allowed = 2 * (plain - exact).abs().max() + torch.finfo(torch.float32).eps
+    assert (got - exact).abs().max() <= allowed
+    assert torch.equal(got[-1:], alone)  # whatever else is in the batch
+
+
+def test_convolution_follows_autocast_and_half_precision():
+    conv, x = Conv3x3(32, 32), torch.randn(1, 32, 32, 32)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(x).dtype == torch.bfloat16
+        assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_conv3x3_refuses():
+    x, w, b = torch.zeros(1, 32, 8, 8), torch.zeros(16, 32, 3, 3), torch.zeros(16)
+    assert conv3x3(x, w, b).shape == (1, 16, 8, 8)
+    for args, error, words in [
+        ((x, w.double(), b), TypeError, "weight must have the dtype of x"),
+        ((x, w[:, :31], b), ValueError, r"weight must be \[16, 32, 3, 3\]"),
+        ((x, w, b[:3]), ValueError, r"bias must be \[16\]"),
+        ((x[0], w, b), ValueError, "x must have 4 dimensions"),
+        ((x.long(), w, b), TypeError, "int64"),
+        ((x, w.clone().requires_grad_(), b), RuntimeError, "weight requires one"),
+    ]:
+        with pytest.raises(error, match=words):
+            conv3x3(*args)
