@@ -5,6 +5,7 @@ import os
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
@@ -92,6 +93,17 @@ def test_missing_weights_stop_it_unless_partial_is_asked_for(run_cli, tmp_path, 
     assert not found.tensors[LOST].any()
     assert found.metadata["partial"] == [f"missing {LOST}", "unexpected encoder.extra"]
     vqfast.VQGAN.from_pretrained(tmp_path / "native")
+
+
+def test_weights_are_stored_in_the_asked_precision(run_cli, tmp_path, state):
+    src = taming_file(tmp_path / "m.ckpt", state)
+    assert run_cli("convert", src, tmp_path / "half", "--precision", "fp16")[0] == 0
+    stored = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+    loaded = vqfast.VQGAN.from_pretrained(tmp_path / "half").state_dict()
+    assert all(torch.equal(loaded[k], v.half().float()) for k, v in state.items())
+    wrong = run_cli("convert", src, tmp_path / "x.ckpt", "--to", "taming", "--precision", "fp16")
+    assert wrong[0] == 2 and not (tmp_path / "x.ckpt").exists()
 
 
 def test_existing_output_is_refused(run_cli, tmp_path, state):

@@ -302,6 +302,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="drop unexpected weights and set missing ones to zero",
     )
+    add("--precision", choices=["fp32", "fp16", "bf16"], help="of the stored weights (native)")
     _Flags(parser, ["overwrite", "json"])
 
 

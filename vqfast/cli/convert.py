@@ -14,6 +14,8 @@ from vqfast.cli._parser import Report, UsageError
 from vqfast.errors import CheckpointError
 from vqfast.models import conditioning
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def run(args: argparse.Namespace) -> Report:
     """Reads, holds the weights against the model that the configuration describes, writes."""
@@ -24,6 +26,9 @@ def run(args: argparse.Namespace) -> Report:
     if args.source_format is not None and args.source_format not in known:
         raise UsageError(f"--from must be one of {', '.join(known)}, got {args.source_format}")
     dst = refuse_existing(args.dst, args.overwrite)
+    stored = {"dtype": _DTYPES[args.precision]} if args.precision else {}
+    if stored and args.to != "native":
+        raise UsageError(f"--precision is for --to native, got --to {args.to}")
     if args.to == "taming":
         refuse_existing(dst.with_suffix(".yaml"), args.overwrite)
     found = checkpoints.read(args.src, args.config, format=args.source_format)
@@ -35,7 +40,7 @@ def run(args: argparse.Namespace) -> Report:
     )
     metadata = found.metadata | ({"partial": changed} if changed else {})
     try:
-        known[args.to].write(dst, found.kind, found.config, tensors, metadata)
+        known[args.to].write(dst, found.kind, found.config, tensors, metadata, **stored)
     except ValueError as error:
         raise UsageError(f"{args.src} cannot be written as {args.to}: {error}") from None
     lines = [f"{args.src} ({found.format} {found.kind}, {len(tensors)} tensors) -> {dst}"]
