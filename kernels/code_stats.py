@@ -3,11 +3,10 @@
 Computes: counts_k = #{n: i_n = k},   sums_kd = Σ_{n: i_n = k} z_nd.
 Contract: indices [N] int64, z [N, D] any strides, counts [K] int64, sums [K, D]. Indices outside 0..K-1 are left out. A
     row that is not finite shows in the sum of its own code alone.
-Numerics: float32 sums (float64 for float64 z) in the order of the rows, by chunks: N and the indices decide the order
-    and nothing else, so equal inputs give equal bits. No atomics.
+Numerics: float64 sums in ascending n, rounded once: the bits of every other backend. No atomics.
 Shape of the code: a program owns a few codes and a slab of columns, scans all indices (8 · N bytes from L2, N · K /
-    BLOCK_K comparisons in all), and gathers the rows that hit, ROWS at a time. It needs no scratch memory, which a
-    counting sort does; that wins once N · K exceeds about 10^10 (estimate; csrc/cuda/code_stats.cu has wider programs).
+    BLOCK_K comparisons in all), and takes the rows that hit, ROWS loads at a time, one addition after another. It needs no
+    scratch memory, which a counting sort does; that wins once N · K exceeds about 10^10 (estimate).
 """
 
 import torch
@@ -30,7 +29,8 @@ def _stats(
     code = tl.arange(0, BLOCK_K)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = tl.arange(0, CHUNK).to(tl.int64)
-    acc = tl.zeros([BLOCK_K, BLOCK_D], sums.dtype.element_ty)
+    lane = tl.arange(0, ROWS)
+    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
     count = tl.zeros([BLOCK_K], tl.int64)
     for start in range(0, N, CHUNK):
         n = start + at
@@ -40,23 +40,25 @@ def _stats(
         rank = tl.cumsum(hit.to(tl.int32), axis=0)  # 1 for the first hit
         hits = tl.max(rank, axis=0)
         for done in range(0, hits, ROWS):
-            want = done + 1 + tl.arange(0, ROWS)
+            want = done + 1 + lane
             this = hit[None, :] & (rank[None, :] == want[:, None])  # [ROWS, CHUNK], one True a row
-            row = tl.sum(tl.where(this, at[None, :], 0), axis=1)  # [ROWS]
-            owner = tl.sum(tl.where(this, local[None, :] + 1, 0), axis=1) - 1  # -1 beyond the last
-            value = tl.load(
-                z + (start + row)[:, None] * z_n + col.to(tl.int64)[None, :] * z_d,
-                mask=(owner >= 0)[:, None] & (col < D)[None, :],
-                other=0.0,
-            ).to(acc.dtype)
-            mine = owner[:, None] == code[None, :]  # [ROWS, BLOCK_K]
-            # a select and not a product: 0 · NaN would reach the other codes
-            acc += tl.sum(tl.where(mine[:, :, None], value[:, None, :], 0.0), axis=0)
-            count += tl.sum(mine.to(tl.int64), axis=0)
+            rows = tl.sum(tl.where(this, at[None, :], 0), axis=1)  # [ROWS]
+            owners = tl.sum(tl.where(this, local[None, :] + 1, 0), axis=1) - 1  # -1 past the last
+            for j in tl.static_range(ROWS):
+                owner = tl.max(tl.where(lane == j, owners, -1), axis=0)
+                row = start + tl.max(tl.where(lane == j, rows, 0), axis=0)
+                value = tl.load(
+                    z + row * z_n + col.to(tl.int64) * z_d, mask=(col < D) & (owner >= 0), other=0.0
+                )
+                mine = code == owner  # [BLOCK_K]
+                # a select and not a product: 0 · NaN would reach the other codes
+                acc = tl.where(mine[:, None], acc + value.to(tl.float64)[None, :], acc)
+                count += mine.to(tl.int64)
     k = first + code
     if tl.program_id(1) == 0:
         tl.store(counts + k, count, mask=k < K)
-    tl.store(sums + k[:, None] * D + col[None, :], acc, mask=(k < K)[:, None] & (col < D)[None, :])
+    mask = (k < K)[:, None] & (col < D)[None, :]
+    tl.store(sums + k[:, None] * D + col[None, :], acc.to(sums.dtype.element_ty), mask=mask)
 
 
 def unsupported_code_stats(indices: Tensor, z: Tensor, K: int) -> str | None:
@@ -75,7 +77,7 @@ def code_stats(indices: Tensor, z: Tensor, K: int, counts: Tensor, sums: Tensor)
         counts.zero_()
         return
     block_d = power_of_2(D, 1, 64)
-    block_k = power_of_2(K, 1, _CELLS // block_d // (2 if sums.dtype == torch.float64 else 1))
+    block_k = power_of_2(K, 1, _CELLS // block_d)
     with on_device(z):
         _stats[(triton.cdiv(K, block_k), triton.cdiv(D, block_d))](
             indices, z, counts, sums, z.stride(0), z.stride(1), N, K, D,
