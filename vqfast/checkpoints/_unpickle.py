@@ -117,7 +117,7 @@ _INERT_CLASSES = (
     "builtins.list",
     "builtins.int",
 )
-_STAND_INS: list[tuple[Any, str]] = [
+_STAND_INS: list[Any] = [
     *((type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _INERT_CLASSES),
     (_InertDtype, "numpy.dtype"),
     (_inert_dict, "builtins.dict"),

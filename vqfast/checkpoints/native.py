@@ -10,6 +10,7 @@ are not this format's business.
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,10 +111,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     _files.remove_stale(folder)
     with _files.atomic_file(folder / WEIGHTS) as temporary:
-        try:
-            save_file(plain, temporary, metadata=said)
-        except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
+        _save(plain, temporary, said)
     described = {
         "format_version": VERSION,
         "kind": kind,
@@ -122,6 +120,23 @@ def write(
     }
     with _files.atomic_file(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], path: Path, said: dict[str, str]) -> None:
+    """Writes `path`, whose name is that of a temporary file.
+
+    The library goes through a temporary file of its own beside its target, under a name that
+    `remove_stale` would not know after a kill: it gets a folder whose name it does know.
+    """
+    room = path.with_name(path.name + ".d")
+    room.mkdir()
+    try:
+        save_file(tensors, room / WEIGHTS, metadata=said)
+        os.replace(room / WEIGHTS, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def _json(tree: Mapping[str, Any]) -> str:
@@ -157,7 +172,7 @@ def _digest(said: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         total.update(f"{name}\0{x.dtype}\0{tuple(x.shape)}\0".encode())
-        total.update(x.reshape(-1).view(torch.uint8).numpy())
+        total.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vqfast._files import atomic_file
@@ -24,10 +24,7 @@ def write_codes(path: Path, grids: Sequence[Tensor], names: Sequence[str], n_cod
     said = {"format": "vqfast-codes", "n_codes": str(n_codes), "names": json.dumps(list(names))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=said)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written: {error}") from None
+        temporary.write_bytes(save(tensors, metadata=said))
 
 
 def read_codes(path: Path, n_codes: int) -> list[Tensor]:

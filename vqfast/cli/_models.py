@@ -37,8 +37,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise BackendError(f"device {name} is not there: torch {torch.__version__} sees {found}")
+        seen = torch.cuda.device_count()
+        raise BackendError(f"device {name} is not there: torch sees {seen} CUDA devices")
     return device
 
 

@@ -5,6 +5,7 @@ own DistributedDataParallel. What is here are the small agreements between the r
 finite, shall we stop.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqfast.config import ConfigError
+from vqfast.errors import BackendError
 
 __all__ = ["World", "leave", "setup"]
 
@@ -30,13 +32,24 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` with averaged gradients. Buffers stay each rank's own: none of them feeds a
-        gradient.
+        """`module` with averaged gradients; it starts with rank 0's weights and buffers.
+
+        After that buffers stay each rank's own: running statistics feed no gradient, and codebook
+        averages are reduced by their quantizer.
         """
         if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        ddp = nn.parallel.DistributedDataParallel
+        # torch 2.15 gave the option another name
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters
+        return ddp(
+            module,
+            device_ids=ids,
+            **{"forward_sync_buffers" if new else "broadcast_buffers": False},
+        )
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:
@@ -75,8 +88,9 @@ def _device(name: str, local_rank: int) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"device: must be auto, cpu or cuda[:N], got {name!r}") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device: cuda was asked for, and torch sees no CUDA device")
+        if (device.index or 0) >= torch.cuda.device_count():
+            seen = torch.cuda.device_count()
+            raise BackendError(f"device {name} is not there: torch sees {seen} CUDA devices")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
