@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import vqfast
 from vqfast import images, metrics
+from vqfast.data.codes import CodesDataset
 
 
 def pixels(path):
@@ -167,8 +168,9 @@ def test_encode_decode_and_reconstruct_show_the_same_pixels(
     model = ("--model", tiny_tokenizer)
     code, out, _ = run_cli("encode", *two_pictures, *model, "--out", "c.safetensors", "--json")
     assert code == 0 and json.loads(out)["grids"] == [[10, 14], [10, 14]]
-    grids = list(load_file(tmp_path / "c.safetensors").values())
-    assert all(g.dtype == torch.int32 and g.shape == (10, 14) for g in grids)
+    grids = load_file(tmp_path / "c.safetensors")["codes"]
+    assert grids.dtype == torch.int32 and grids.shape == (2, 10, 14)
+    assert torch.equal(CodesDataset(tmp_path / "c.safetensors").codes[:, 0], grids)
     assert run_cli("decode", "c.safetensors", *model, "--out", "d")[0] == 0
     assert listing(tmp_path / "d") == ["000000.png", "000001.png"]
     code, out, _ = run_cli("reconstruct", *two_pictures, *model, "--out", "r.png", "--json")
@@ -182,7 +184,7 @@ def test_encode_decode_and_reconstruct_show_the_same_pixels(
         a, b = (images.to_tensor(Image.fromarray(v))[None] for v in (given, decoded))
         assert said["images"][i]["psnr"] == pytest.approx(float(metrics.psnr(a, b)))
         assert said["images"][i]["ssim"] == pytest.approx(float(metrics.ssim(a, b)))
-    counts = torch.bincount(torch.cat([g.flatten() for g in grids]).long(), minlength=16)
+    counts = torch.bincount(grids.flatten().long(), minlength=16)
     assert said["usage"] == pytest.approx(float((counts > 0).double().mean()))
     assert said["perplexity"] == pytest.approx(metrics.perplexity(counts))
 
@@ -195,6 +197,9 @@ def test_size_resizes_and_odd_pictures_lose_a_margin(
     model = ("--model", tiny_tokenizer)
     code, out, _ = run_cli("encode", odd, two_pictures[0], *model, "--out", "a", "--json")
     assert code == 0 and json.loads(out)["grids"] == [[9, 13], [10, 14]]
+    assert list(load_file(tmp_path / "a")) == ["000000", "000001"]
+    assert run_cli("decode", "a", *model, "--out", "d")[0] == 0
+    assert pixels(tmp_path / "d/000001.png").shape == (20, 28, 3)
     code, out, _ = run_cli("encode", odd, *model, "--size", "16x8", "--out", "b", "--json")
     assert code == 0 and json.loads(out)["grids"] == [[8, 4]]
     code, _, err = run_cli("encode", odd, *model, "--size", "15x8", "--out", "c")
@@ -224,7 +229,7 @@ def test_a_pipeline_serves_as_its_tokenizer(
 ):
     for name, model in (("a", tiny_tokenizer), ("b", tiny_pipeline)):
         assert run_cli("encode", two_pictures[0], "--model", model, "--out", name)[0] == 0
-    assert torch.equal(load_file(tmp_path / "a")["000000"], load_file(tmp_path / "b")["000000"])
+    assert torch.equal(load_file(tmp_path / "a")["codes"], load_file(tmp_path / "b")["codes"])
 
 
 def test_eval_of_reconstructions_is_the_mean_over_pictures(run_cli, tiny_tokenizer, two_pictures):

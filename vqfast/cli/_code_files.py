@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vqfast._files import atomic_file
+from vqfast.cli._outputs import number_width
 from vqfast.errors import DataError
 
 __all__ = ["read_codes", "write_codes"]
@@ -19,8 +20,12 @@ __all__ = ["read_codes", "write_codes"]
 
 def write_codes(path: Path, grids: Sequence[Tensor], names: Sequence[str], n_codes: int) -> None:
     """Grids of codes in 0 .. n_codes - 1 as int32, in this order, and where they came from."""
-    width = max(6, len(str(len(grids))))
-    tensors = {f"{i:0{width}d}": grid.to(torch.int32) for i, grid in enumerate(grids)}
+    grids = [grid.to(torch.int32) for grid in grids]
+    if len({grid.shape for grid in grids}) == 1:
+        tensors = {"codes": torch.stack(grids)}
+    else:
+        width = number_width(len(grids))
+        tensors = {f"{i:0{width}d}": grid for i, grid in enumerate(grids)}
     said = {"format": "vqfast-codes", "n_codes": str(n_codes), "names": json.dumps(list(names))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
@@ -28,7 +33,7 @@ def write_codes(path: Path, grids: Sequence[Tensor], names: Sequence[str], n_cod
 
 
 def read_codes(path: Path, n_codes: int) -> list[Tensor]:
-    """The [h, w] int64 grids of a file, by name; [n, h, w] tensors of other tools count as n.
+    """The [h, w] int64 grids of a file, by name; `labels` are passed over.
 
     Raises:
         DataError: not such a file, made with another number of codes, or a code out of range.
@@ -38,7 +43,8 @@ def read_codes(path: Path, n_codes: int) -> list[Tensor]:
             raise DataError(f"{path}: not a regular file")
         with safe_open(path, "pt", device="cpu") as file:
             said = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+            names = sorted(set(file.keys()) - {"labels"})
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
