@@ -99,16 +99,21 @@ def _cells(r: Row) -> tuple[str, ...]:
     )
 
 
-def commit() -> str:
-    """Short hash of HEAD, with "+" when tracked files differ from it; "unknown" without git."""
+def _git(*words: str) -> str:
+    """What git prints; empty when it fails or is not there."""
     try:
-        git = ["git", "-C", str(ROOT)]
-        run = {"capture_output": True, "text": True, "check": True}
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if dirty else "")
+        return ""
+    return done.stdout.strip()
+
+
+def commit(ref: str = "HEAD") -> str:
+    """Short hash of a commit; for HEAD "+" when tracked files differ. "unknown" without git."""
+    found = _git("rev-parse", "--short", ref) or "unknown"
+    return found + ("+" if ref == "HEAD" and _git("status", "--porcelain", "-uno") else "")
 
 
 def record(

@@ -8,6 +8,7 @@ installed are listed as absent. Times are p50 [p20-p80]. The last line is one JS
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        print('bench: --plot needs matplotlib: pip install "vqfast[bench]"', file=sys.stderr)
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     shown = sys.stderr if args.json else sys.stdout
@@ -84,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"absent: {name}: {why}", file=shown)
     gate = "UNVERIFIED" if args.no_gate else "REFUSED" if failure else "passed"
     line = report.record(rows, where, _versions(rows), gate)
+    if args.base:
+        line["base"] = report.commit(f"{args.base}^{{commit}}")
     if args.plot:
         ceiling = roofline.measure(args.device, torch.float32) if cost else None
         report.plot(rows, ceiling, cost, args.plot)

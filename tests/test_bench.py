@@ -116,7 +116,23 @@ def test_table_has_ratios_and_hides_empty_columns(bench):
 
 
 @pytest.mark.slow
+def test_child_times_a_commit_and_passes_its_errors_on():
+    case = cases("code_stats", "smoke")[0]
+    request = {
+        "op": "code_stats", "raw": "code_stats", "shape": case.shape, "id": case.id, "tags": [],
+        "dtype": "float32", "device": "cpu", "backend": "reference", "repeats": 2,
+    }  # fmt: skip
+    lines = [json.dumps(r) for r in (request, {**request, "op": "paint"}, request)]
+    command = [sys.executable, BENCH / "child.py", BENCH.parent, "1"]
+    run = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+    answers = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [next(iter(a)) for a in answers] == ["value", "error", "value"], run.stderr
+    assert answers[0]["value"] > 0 and "paint" in answers[1]["error"]
+
+
+@pytest.mark.slow
 def test_run_prints_a_table_and_one_json_object_last(tmp_path):
+    pytest.importorskip("matplotlib")
     flags = ["--case", "vqgan_f16_1024", "--budget", "1", "--rounds", "3", "--no-gate"]
     start = [sys.executable, BENCH / "run.py", "--op"]
     command = [*start, "code_stats", *flags, "--plot", tmp_path / "a.png"]
