@@ -84,7 +84,19 @@ def _shift_one(N, K, D):
     return z, c
 
 
+def _near_ties(N, K, D):
+    """The two best codes of a row are as far as each other up to 1e-7, and lie far apart in K."""
+    z = 3 * normal(1, N, D)
+    codebook = 100 * normal(2, K, D)
+    step = torch.nn.functional.normalize(normal(3, K, D), dim=1)
+    for n in range(min(N, K // 2)):
+        codebook[n] = z[n] + step[n]
+        codebook[K - 1 - n] = z[n] + step[K - 1 - n] * (1 + 1e-7 * (n % 5 - 2))
+    return z, codebook
+
+
 HARD = {
+    "near ties": _near_ties,
     "taming init": lambda N, K, D: (normal(1, N, D), (normal(2, K, D).frac()) / K),
     "near codes": _clustered,
     "equal to codes": lambda N, K, D: (normal(2, K, D)[torch.arange(N) % K], normal(2, K, D)),
