@@ -8,7 +8,8 @@ class BackendError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, unsafe or does not fit; the text names the path and every bad key."""
+    """A checkpoint is missing, damaged, unsafe or does not fit; the text names the path and every
+    bad key."""
 
 
 class DataError(RuntimeError):
@@ -16,4 +17,5 @@ class DataError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or an infinity where none may be; the text names the component, or the sample and position."""
+    """A NaN or an infinity where none may be; the text names the component, or the sample and
+    position."""

@@ -1,7 +1,8 @@
 """The functional layer: one file per op, named as its public function.
 
-Importing this package imports every file in it, so that all schemas exist before anything is traced. A function and its
-module share a name: `vqfast.ops.nearest` is the function; `importlib.import_module("vqfast.ops.nearest")` the module.
+Importing this package imports every file in it, so that all schemas exist before anything is
+traced. A function and its module share a name: `vqfast.ops.nearest` is the function;
+`importlib.import_module("vqfast.ops.nearest")` the module.
 """
 
 import importlib
@@ -12,7 +13,8 @@ _modules: dict[str, ModuleType] = {}
 
 
 def load_all() -> dict[str, ModuleType]:
-    """Op modules by name. Each holds its public function, its Op objects, `sample_inputs` and `COST`."""
+    """Op modules by name. Each holds its public function, its Op objects, `sample_inputs` and
+    `COST`."""
     if not _modules:
         for entry in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
             _modules[entry.name] = importlib.import_module(f"{__name__}.{entry.name}")
