@@ -1,4 +1,4 @@
-"""What several kernels share unchanged: the device guard of a launch, block sizes, common refusals."""
+"""What several kernels share unchanged: the device of a launch, block sizes, common refusals."""
 
 import contextlib
 

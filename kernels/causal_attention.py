@@ -1,24 +1,27 @@
 """Causal attention, forward and backward, without a table of weights.
 
-Computes: out_i = Σ_{j≤i} w_ij v_j,  w_ij = exp(scale ⟨q_i, k_j⟩ − lse_i),  lse_i = log Σ_{j≤i} exp(scale ⟨q_i, k_j⟩);
+Computes: out_i = Σ_{j≤i} w_ij v_j,  w_ij = exp(scale ⟨q_i, k_j⟩ − lse_i),
+          lse_i = log Σ_{j≤i} exp(scale ⟨q_i, k_j⟩);
           with δ_i = ⟨grad_i, out_i⟩ and s_ij = w_ij (⟨grad_i, v_j⟩ − δ_i) · scale:
           dq_i = Σ_{j≤i} s_ij k_j,   dk_j = Σ_{i≥j} s_ij q_i,   dv_j = Σ_{i≥j} w_ij grad_i.
-Contract: q, k, v, grad [B, H, T, d], any strides, d <= 256 (128 in float32); out and the gradients contiguous. Slots of the future may hold
-    NaN. A row whose scores are all -inf gives zeros and lse = +inf.
-Numerics: float32 scores, softmax and sums. float32 inputs are multiplied as three TF32 products; for float16 and bfloat16
-    the weights are rounded to the input dtype before they meet v, k, q and grad, as in FlashAttention. No atomics: dq has
-    its own kernel, at the price of computing the scores twice; every sum has one order, whatever B and H are.
-Shape of the code: forward and dq take one block of rows and walk the keys, the block on the diagonal last; dk and dv take
-    one block of keys and walk the rows. Heavy blocks start first. Only blocks that the diagonal crosses are masked. There a
-    zero weight may stand against NaN, so hidden values are taken out before the product (`_visible_dot`). δ is summed
-    again by each program that needs it: d products a row against 4·d·BLOCK, and no scratch memory.
+Contract: q, k, v, grad [B, H, T, d], any strides, d <= 256 (128 in float32); out and the gradients
+    contiguous. Slots of the future may hold NaN. A row whose scores are all -inf gives zeros and
+    lse = +inf.
+Numerics: float32 scores, softmax and sums. float32 inputs are multiplied as three TF32 products;
+    for float16 and bfloat16 the weights are rounded to the input dtype before they meet v, k, q and
+    grad, as in FlashAttention. No atomics: dq has its own kernel, at the price of computing the
+    scores twice; every sum has one order, whatever B and H are.
+Shape of the code: forward and dq take one block of rows and walk the keys, the block on the
+    diagonal last; dk and dv take one block of keys and walk the rows. Heavy blocks start first.
+    Only blocks that the diagonal crosses are masked. There a zero weight may stand against NaN, so
+    hidden values are taken out before the product (`_visible_dot`). δ is summed again by each
+    program that needs it: d products a row against 4·d·BLOCK, and no scratch memory.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import not_floats, on_device, power_of_2
 
 _LOG2E = 1.4426950408889634
@@ -29,7 +32,7 @@ LOG2E = tl.constexpr(_LOG2E)
 def _tile(x, base, start, ROWS: tl.constexpr, row_stride, col_stride, T, D, COLS: tl.constexpr):
     """[ROWS, COLS] of x from row `start`; rows >= T and cols >= D are zero.
 
-    The block's address is int64, the offsets inside the block int32 (see `_far`), which saves registers.
+    The block's address is int64, offsets inside it are int32 (see `_far`), which saves registers.
     """
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     x += base + tl.cast(start, tl.int64) * row_stride
@@ -39,10 +42,10 @@ def _tile(x, base, start, ROWS: tl.constexpr, row_stride, col_stride, T, D, COLS
 
 @triton.jit
 def _visible_dot(weight, x, result_at, x_at, acc, FORWARD: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + weight @ x, where weight [M, N] is zero for hidden pairs and x [N, D] may not be finite there.
+    """acc + weight @ x; weight [M, N] is zero for hidden pairs, where x [N, D] may not be finite.
 
-    Row m sees row n if x_at[n] <= result_at[m] (FORWARD), or >= (not FORWARD). What is not finite shows, as NaN, in the rows
-    that see it.
+    Row m sees row n if x_at[n] <= result_at[m] (FORWARD), or >= (not FORWARD). What is not finite
+    shows, as NaN, in the rows that see it.
     """
     finite = tl.abs(x.to(tl.float32)) < float("inf")
     clean = tl.where(finite, x, 0.0).to(x.dtype)
@@ -124,7 +127,8 @@ def _weights(score, lse, visible, DIAGONAL: tl.constexpr):
 
 @triton.jit
 def _dq_block(
-    query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D, scale_log2,
+    query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D,
+    scale_log2,
     DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key_at = start + tl.arange(0, BLOCK_N)
@@ -163,13 +167,13 @@ def _backward_q(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, first, BLOCK_N):
         acc = _dq_block(
-            query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D,
-            scale_log2, False, BLOCK_N, BLOCK_D, PRECISION,
+            query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc,
+            T, D, scale_log2, False, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
         acc = _dq_block(
-            query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc, T, D,
-            scale_log2, True, BLOCK_N, BLOCK_D, PRECISION,
+            query, up, delta, row_lse, k, v, k_base, v_base, k_t, k_d, v_t, v_d, row, start, acc,
+            T, D, scale_log2, True, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     at = (head * T + row)[:, None] * D + col[None, :]
     mask = (row < T)[:, None] & (col < D)[None, :]
@@ -223,13 +227,15 @@ def _backward_kv(
     value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(first, tl.minimum(first + BLOCK_N, T), BLOCK_M):
         key_sum, value_sum = _dkv_block(
-            key, value, grad, q, out, lse, g_base, q_base, head * T * D, head * T, g_t, g_d, q_t, q_d,
-            key_at, start, key_sum, value_sum, T, D, scale_log2, True, BLOCK_M, BLOCK_D, PRECISION,
+            key, value, grad, q, out, lse, g_base, q_base, head * T * D, head * T, g_t, g_d,
+            q_t, q_d, key_at, start, key_sum, value_sum, T, D, scale_log2,
+            True, BLOCK_M, BLOCK_D, PRECISION,
         )  # fmt: skip
     for start in range(first + BLOCK_N, T, BLOCK_M):
         key_sum, value_sum = _dkv_block(
-            key, value, grad, q, out, lse, g_base, q_base, head * T * D, head * T, g_t, g_d, q_t, q_d,
-            key_at, start, key_sum, value_sum, T, D, scale_log2, False, BLOCK_M, BLOCK_D, PRECISION,
+            key, value, grad, q, out, lse, g_base, q_base, head * T * D, head * T, g_t, g_d,
+            q_t, q_d, key_at, start, key_sum, value_sum, T, D, scale_log2,
+            False, BLOCK_M, BLOCK_D, PRECISION,
         )  # fmt: skip
     at = (head * T + key_at)[:, None] * D + col[None, :]
     mask = (key_at < T)[:, None] & (col < D)[None, :]
@@ -237,19 +243,19 @@ def _backward_kv(
     tl.store(dv + at, value_sum.to(dv.dtype.element_ty), mask=mask)
 
 
-# (widest d, bytes of an element): BLOCK of the own side, BLOCK of the side walked, warps, stages; chosen to fit the
-# registers without spills on sm_80 and sm_90
+# (widest d, bytes of an element): BLOCK of the own side, BLOCK of the side walked, warps, stages.
+# The fastest guess that fits the registers without spills on sm_80 and sm_90.
 _FORWARD = {
-    (64, 2): (128, 64, 8, 3), (128, 2): (128, 64, 8, 3), (256, 2): (64, 32, 8, 1),
+    (64, 2): (128, 64, 8, 3), (128, 2): (128, 64, 8, 3), (256, 2): (32, 32, 8, 1),
     (64, 4): (64, 32, 4, 2), (128, 4): (32, 32, 8, 1),
 }  # fmt: skip
 _BACKWARD_Q = {
     (64, 2): (64, 64, 4, 2), (128, 2): (64, 32, 4, 2), (256, 2): (32, 32, 8, 1),
-    (64, 4): (32, 32, 8, 1), (128, 4): (16, 32, 8, 1),
+    (64, 4): (32, 32, 8, 1),
 }  # fmt: skip
 _BACKWARD_KV = {
-    (64, 2): (64, 32, 4, 2), (128, 2): (64, 16, 8, 1), (256, 2): (32, 16, 8, 1),
-    (64, 4): (32, 32, 8, 1), (128, 4): (16, 16, 4, 1),
+    (64, 2): (64, 32, 4, 2), (128, 2): (64, 16, 8, 1), (256, 2): (16, 32, 8, 1),
+    (64, 4): (32, 32, 8, 1),
 }  # fmt: skip
 
 
@@ -277,7 +283,7 @@ def _far(**tensors: Tensor) -> str | None:
 
 
 def unsupported_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Why these inputs cannot run: other dtypes, d above 256 (128 for float32), or strides beyond int32 in a block."""
+    """Why these inputs cannot run: dtypes, d above 256 (128 for float32), or very long strides."""
     limit = 128 if q.dtype == torch.float32 else 256
     if q.shape[-1] > limit:
         return f"head dim {q.shape[-1]} is above {limit} for {str(q.dtype).removeprefix('torch.')}"
@@ -287,7 +293,7 @@ def unsupported_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor
 ) -> None:
-    """Writes out [B, H, T, d], contiguous, and lse [B, H, T] float32, from q, k, v of any strides."""
+    """Writes out [B, H, T, d], contiguous, and lse [B, H, T] float32; q, k, v of any strides."""
     B, H, T, d = q.shape
     if q.numel() == 0:
         return
@@ -302,7 +308,9 @@ def causal_attention(
 def unsupported_causal_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> str | None:
-    """Why these inputs cannot run, as for the forward pass."""
+    """Why these inputs cannot run, as for the forward pass; float32 only up to d = 64."""
+    if q.dtype == torch.float32 and q.shape[-1] > 64:  # three TF32 operands spill
+        return f"head dim {q.shape[-1]} is above 64 for float32"
     return unsupported_causal_attention(q, k, v, scale) or not_floats(grad=grad) or _far(grad=grad)
 
 
@@ -318,12 +326,13 @@ def causal_attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Writes dq, dk, dv [B, H, T, d], contiguous, from grad of any strides and what the forward pass left."""
+    """Writes dq, dk, dv [B, H, T, d], contiguous; grad of any strides, out and lse as left."""
     B, H, T, d = q.shape
     if q.numel() == 0:
         return
     rest = (
-        *grad.stride(), *q.stride(), *k.stride(), *v.stride(), B * H, H, T, d, scale, scale * _LOG2E,
+        *grad.stride(), *q.stride(), *k.stride(), *v.stride(),
+        B * H, H, T, d, scale, scale * _LOG2E,
     )  # fmt: skip
     rows, keys = _shape(q, _BACKWARD_Q), _shape(q, _BACKWARD_KV, swap=True)
     with on_device(q):

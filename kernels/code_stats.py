@@ -1,19 +1,19 @@
 """How many rows chose each code, and their sum: the EMA update and the codebook gradient.
 
 Computes: counts_k = #{n: i_n = k},   sums_kd = Σ_{n: i_n = k} z_nd.
-Contract: indices [N] int64, z [N, D] any strides, counts [K] int64, sums [K, D]. Indices outside 0..K-1 are left out. A
-    row that is not finite shows in the sum of its own code alone.
+Contract: indices [N] int64, z [N, D] any strides, counts [K] int64, sums [K, D]. Indices outside
+    0..K-1 are left out. A row that is not finite shows in the sum of its own code alone.
 Numerics: float64 sums in ascending n, rounded once: the bits of every other backend. No atomics.
-Shape of the code: a program owns a few codes and a slab of columns, scans all indices (8 · N bytes from L2, N · K /
-    BLOCK_K comparisons in all), and takes the rows that hit, ROWS loads at a time, one addition after another. It needs no
-    scratch memory, which a counting sort does; that wins once N · K exceeds about 10^10 (estimate).
+Shape of the code: a program owns a few codes and a slab of columns, scans all indices (8 · N bytes
+    from L2, N · K / BLOCK_K comparisons in all), and takes the rows that hit, ROWS loads at a time,
+    one addition after another. It needs no scratch memory, which a counting sort does; that wins
+    once N · K exceeds about 10^10 (estimate).
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import FLOATS, not_contiguous, on_device, power_of_2
 
 _CHUNK = 1024  # indices compared at a time
@@ -47,9 +47,8 @@ def _stats(
             for j in tl.static_range(ROWS):
                 owner = tl.max(tl.where(lane == j, owners, -1), axis=0)
                 row = start + tl.max(tl.where(lane == j, rows, 0), axis=0)
-                value = tl.load(
-                    z + row * z_n + col.to(tl.int64) * z_d, mask=(col < D) & (owner >= 0), other=0.0
-                )
+                real = (col < D) & (col * 0 + owner >= 0)
+                value = tl.load(z + row * z_n + col.to(tl.int64) * z_d, mask=real, other=0.0)
                 mine = code == owner  # [BLOCK_K]
                 # a select and not a product: 0 · NaN would reach the other codes
                 acc = tl.where(mine[:, None], acc + value.to(tl.float64)[None, :], acc)

@@ -1,17 +1,19 @@
 """Token loss of a row of logits, and its gradient; no table of probabilities.
 
-Computes: top_n = max_v x_nv,  log_sum_n = log Σ_v exp(x_nv − top_n),  loss_n = log_sum_n − (x_nt − top_n);
+Computes: top_n = max_v x_nv,  log_sum_n = log Σ_v exp(x_nv − top_n),
+          loss_n = log_sum_n − (x_nt − top_n);
           dx_nv = g_n · (exp(x_nv − top_n − log_sum_n) − [v = t]).
-Contract: logits [N, V] contiguous, targets [N] int64; a target outside 0..V-1 gives a loss of NaN and reads nothing.
+Contract: logits [N, V] contiguous, targets [N] int64; a target outside 0..V-1 gives a loss of NaN
+    and reads nothing.
 Numerics: float32, the maximum taken out first; the order of a row's sum depends on V alone.
-Shape of the code: one program per row, up to 4096 values in registers at a time, the running maximum and the rescaled
-    running sum kept per lane and merged once at the end. Reads the row once forward; once, with one write, backward.
+Shape of the code: one program per row, up to 4096 values in registers at a time, the running
+    maximum and the rescaled running sum kept per lane and merged once at the end. Reads the row
+    once forward; once, with one write, backward.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
 
 _OPTIONS = {"enable_fp_fusion": True}
@@ -43,9 +45,7 @@ def _forward(logits, targets, loss, top, log_sum, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(
-    grad, grad_stride, logits, targets, top, log_sum, dx, V, BLOCK: tl.constexpr
-):
+def _backward(grad, grad_stride, logits, targets, top, log_sum, dx, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     dx += row * V
@@ -67,7 +67,7 @@ def _shape(V: int) -> dict[str, int]:
 
 
 def unsupported_cross_entropy(logits: Tensor, targets: Tensor) -> str | None:
-    """Why these inputs cannot run: dtypes other than float32, float16, bfloat16, or strided logits."""
+    """Why these inputs cannot run: dtypes, or strided logits or targets."""
     return not_floats(logits=logits) or not_contiguous(logits=logits, targets=targets)
 
 
@@ -91,9 +91,8 @@ def unsupported_cross_entropy_backward(
 def cross_entropy_backward(
     grad: Tensor, logits: Tensor, targets: Tensor, top: Tensor, log_sum: Tensor, dx: Tensor
 ) -> None:
-    """Writes dx [N, V], dtype of logits, from grad [N], any stride, and what the forward pass left."""
+    """Writes dx [N, V], dtype of logits, from grad [N], any stride, top and log_sum."""
     N, V = logits.shape
     if N:
         with on_device(logits):
-            _backward[(N,)](
-                grad, grad.stride(0), logits, targets, top, log_sum, dx, V, **_shape(V))
+            _backward[(N,)](grad, grad.stride(0), logits, targets, top, log_sum, dx, V, **_shape(V))

@@ -1,13 +1,15 @@
 """Attention of one new token per sequence to the slots of a KV cache that are written.
 
 Computes: out_bh = Σ_{s<length} softmax_s(⟨q_bh, k_bhs⟩ / √d) v_bhs.
-Contract: q [B, H, d], caches [B, H, S, d], any strides; slots >= length are never read, so they may hold NaN.
-Numerics: float32 scores and sums. The order of every sum depends on `length` and d alone, never on B or on the place in
-    the batch: the result of a row is equal, bit for bit, in any batch.
-Shape of the code: one program per (sequence, head) walks the slots in blocks and reads each cache value once, as
-    length · d · 2 values are all there is to move. Every lane of a block keeps its own running maximum and sum, merged
-    once at the end: the loop has no reduction over slots. At the 256 to 1024 slots of a VQGAN transformer, B · H programs
-    fill a GPU from B = 8 on; a split over slots would need scratch memory and a second launch.
+Contract: q [B, H, d], caches [B, H, S, d], any strides; slots >= length are never read, so they may
+    hold NaN.
+Numerics: float32 scores and sums. The order of every sum depends on `length` and d alone, never on
+    B or on the place in the batch: the result of a row is equal, bit for bit, in any batch.
+Shape of the code: one program per (sequence, head) walks the slots in blocks and reads each cache
+    value once, as length · d · 2 values are all there is to move. Every lane of a block keeps its
+    own running maximum and sum, merged once at the end: the loop has no reduction over slots. At
+    the 256 to 1024 slots of a VQGAN transformer, B · H programs fill a GPU from B = 8 on; a split
+    over slots would need scratch memory and a second launch.
 """
 
 import math
@@ -15,7 +17,6 @@ import math
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import not_floats, on_device, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,10 +72,8 @@ def unsupported_decode_attention(
     return not_floats(q=q, k_cache=k_cache, v_cache=v_cache)
 
 
-def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, out: Tensor
-) -> None:
-    """Writes out [B, H, d], contiguous, from q [B, H, d] and the first `length` of the S slots of the caches."""
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, out: Tensor) -> None:
+    """Writes out [B, H, d], contiguous, from q and the first `length` slots of the caches."""
     B, H, d = q.shape
     if B * H == 0:
         return

@@ -1,22 +1,26 @@
-"""Group normalisation followed by SiLU, forward and backward, for contiguous and channels-last tensors.
+"""Group normalisation followed by SiLU, forward and backward, for contiguous and channels-last
+tensors.
 
-Computes: x̂ = (x − mean_g) · rstd_g,  u = w_c x̂ + b_c,  y = u σ(u);  with du = dy σ(u) (1 + u (1 − σ(u))):
-          dw_c = Σ du x̂,  db_c = Σ du,  dx = rstd (w du − mean_g(w du) − x̂ mean_g(w du x̂)).
-Contract: x [B, C, *positions], dense, contiguous or channels last; y, dx and grad have the layout of x.
-Numerics: float32. The statistics come from tiles: sums about the tile's own mean, on values less the group's first one, so
-    that a large offset costs no digits; tiles are merged as Chan et al. do. All sums have a fixed order; no atomics.
-Shape of the code: a tile is [R positions, W channels]. Channels-last tiles span GROUPS adjacent groups, so that whole
-    sectors move; contiguous ones prefer one channel with many positions. Up to SPLIT programs share a group: each takes
-    the statistics of all of it (mostly from L2) and writes its own tiles: about 2 reads and 1 write of memory.
-    Backward: first dw and db, as partial sums that lie in the memory of dx, which is written last, so that no scratch is
-    needed; then dx, in the manner of the forward pass: 4 reads and 1 write.
+Computes: x̂ = (x − mean_g) · rstd_g,  u = w_c x̂ + b_c,  y = u σ(u);
+          with du = dy σ(u) (1 + u (1 − σ(u))):  dw_c = Σ du x̂,  db_c = Σ du,
+          dx = rstd (w du − mean_g(w du) − x̂ mean_g(w du x̂)).
+Contract: x [B, C, *positions], dense, contiguous or channels last; y, dx and grad have the layout
+    of x.
+Numerics: float32. The statistics come from tiles: sums about the tile's own mean, on values less
+    the group's first one, so that a large offset costs no digits; tiles are merged as Chan et al.
+    do. All sums have a fixed order; no atomics.
+Shape of the code: a tile is [R positions, W channels]. Channels-last tiles span GROUPS adjacent
+    groups, so that whole sectors move; contiguous ones prefer one channel with many positions. Up
+    to SPLIT programs share a group: each takes the statistics of all of it (mostly from L2) and
+    writes its own tiles: about 2 reads and 1 write of memory. Backward: first dw and db, as partial
+    sums that lie in the memory of dx, which is written last, so that no scratch is needed; then dx,
+    in the manner of the forward pass: 4 reads and 1 write.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import not_floats, on_device, power_of_2
 
 _TILE = 2048  # values of a tile: 16 a thread
@@ -42,7 +46,6 @@ def _offsets(p, c, P, C, LAST: tl.constexpr):
 @triton.jit
 def _group_sum(t, GROUPS: tl.constexpr):
     """[R, GROUPS * CH] -> [GROUPS]"""
-    R: tl.constexpr = t.shape[0]
     W: tl.constexpr = t.shape[1]
     return tl.sum(tl.reshape(tl.sum(t, axis=0), [GROUPS, W // GROUPS]), axis=1)
 
@@ -117,7 +120,7 @@ def _affine(
     grad, x, weight, bias, mean, rstd, dw, db, P, C, G, images, positions,
     CG: tl.constexpr, R: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of du x̂ and du over `images` images and `positions` positions, row by row of [rows, C]."""
+    """Sums of du x̂ and du over some images and positions: one row of dw and db [rows, C]."""
     parts = tl.cdiv(P, positions)
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)
@@ -156,7 +159,9 @@ def _merge(partial, dw, db, rows, C, R: tl.constexpr, W: tl.constexpr):
         mask = (row < rows)[:, None] & (c < C)[None, :]
         at = row[:, None] * C + c[None, :]
         sum_w += tl.sum(tl.load(partial + at, mask=mask, other=0.0), axis=0)
-        sum_b += tl.sum(tl.load(partial + C * tl.cast(rows, tl.int64) + at, mask=mask, other=0.0), axis=0)
+        sum_b += tl.sum(
+            tl.load(partial + C * tl.cast(rows, tl.int64) + at, mask=mask, other=0.0), axis=0
+        )
     tl.store(dw + c, sum_w.to(dw.dtype.element_ty), mask=c < C)
     tl.store(db + c, sum_b.to(db.dtype.element_ty), mask=c < C)
 
@@ -266,7 +271,8 @@ def group_norm_silu(
     grid = (x.shape[0] * groups // shape["GROUPS"], shape["SPLIT"])
     with on_device(x):
         _forward[grid](
-            x, weight, bias, y, mean, rstd, _layout(x)[1], x.shape[1], groups, eps, **shape, **_OPTIONS
+            x, weight, bias, y, mean, rstd, _layout(x)[1], x.shape[1], groups, eps,
+            **shape, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -298,7 +304,8 @@ def group_norm_silu_backward(
     with on_device(x):
         _affine_gradients(grad, x, weight, bias, mean, rstd, groups, dx, dw, db)
         _input_gradient[(x.shape[0] * groups // shape["GROUPS"], shape["SPLIT"])](
-            grad, x, weight, bias, mean, rstd, dx, _layout(x)[1], x.shape[1], groups, **shape, **_OPTIONS
+            grad, x, weight, bias, mean, rstd, dx, _layout(x)[1], x.shape[1], groups,
+            **shape, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -329,7 +336,9 @@ def _affine_gradients(
         return
     positions = triton.cdiv(triton.cdiv(P, parts), R) * R
     rows = B * triton.cdiv(P, positions)
-    flat = torch.as_strided(dx, (dx.numel() * dx.element_size() // 4 * 4 // dx.element_size(),), (1,))
+    flat = torch.as_strided(
+        dx, (dx.numel() * dx.element_size() // 4 * 4 // dx.element_size(),), (1,)
+    )
     partial = flat.view(torch.float32)
     _affine[(rows, grid_c)](
         *inputs, partial, partial[rows * C :], P, C, groups, 1, positions, **tile, **_OPTIONS

@@ -1,29 +1,33 @@
-"""Exact nearest code: a screen on the tensor cores with a proved bound, then float64 on what the bound leaves.
+"""Exact nearest code: a screen on the tensor cores with a proved bound, then float64 on what the
+bound leaves.
 
-Computes: idx_n = argmin_k score(z_n, c_k), and that score, as vqfast/ops/nearest.py defines it (l2, cosine, dot).
-Contract: z [N, D], codebook [K, D], contiguous, D <= 4000. Lowest index on ties of the float64 score; a row that is not
-    finite gives 0 and NaN; a code that is not finite never wins.
-Numerics: S_k = |c_k|²/2 − ⟨z, c_k⟩ orders the codes as the l2 score does. Both sides are scaled by powers of two (z per
-    block of rows, codes one by one) into float16, multiplied, and summed in float32. With Z the largest norm of the block,
-    |computed S_k − S_k| <= E_k = α Z |c_k| + γ (|c_k|²/2 + Z²), where α is the rounding to float16 (2^-11 a side) plus the
-    truncating sums of the tensor core, (D + 16) 2^-21, and γ = (D + 16) 2^-22 is float32. E_k depends on the column alone,
-    so it is taken off at no cost: the screen orders lower bounds L_k. A code can win only if L_k <= L_best + 2 E_best;
-    E_best needs |c_best|, for which S_best itself gives a bound. What survives is scored in float64: direct differences, in
-    index order, without fused multiply-add. Rows without a certificate (values too large or small for the screen, more
-    than three groups of survivors, zero codes under cosine) are scored against all codes.
-    D <= 10 in float32 splits each value into two float16 and multiplies hi·hi + hi·lo + lo·hi, as columns of one product.
-Shape of the code: the screen keeps z in shared memory and walks the codes. A thread holds whole groups of BLOCK_K / 8
-    codes of a row, so the minimum of a group needs no shuffle. For l2 and cosine a constant makes L_k positive, whose bits
-    compare as integers: a three-input minimum on Hopper. Each of 8 slots a row keeps the least two groups and a third
-    value that only certifies. Up to three groups pass to the second kernel in the 64 bits of the row's index.
-    No scratch memory: the codes are packed again by every program, about D / BLOCK_M · 4 instructions a pair.
+Computes: idx_n = argmin_k score(z_n, c_k), and that score, as vqfast/ops/nearest.py defines it (l2,
+    cosine, dot).
+Contract: z [N, D], codebook [K, D], contiguous, D <= 4000. Lowest index on ties of the float64
+    score; a row that is not finite gives 0 and NaN; a code that is not finite never wins.
+Numerics: S_k = |c_k|²/2 − ⟨z, c_k⟩ orders the codes as the l2 score does. Both sides are scaled by
+    powers of two (z per block of rows, codes one by one) into float16, multiplied, and summed in
+    float32. With Z the largest norm of the block, |computed S_k − S_k| <= E_k = α Z |c_k| + γ
+    (|c_k|²/2 + Z²), where α is the rounding to float16 (2^-11 a side) plus the truncating sums of
+    the tensor core, (D + 16) 2^-21, and γ = (D + 16) 2^-22 is float32. E_k depends on the column
+    alone, so it is taken off at no cost: the screen orders lower bounds L_k. A code can win only if
+    L_k <= L_best + 2 E_best; E_best needs |c_best|, for which S_best itself gives a bound. What
+    survives is scored in float64: direct differences, in index order, without fused multiply-add.
+    Rows without a certificate (values too large or small for the screen, more than three groups of
+    survivors, zero codes under cosine) are scored against all codes. D <= 10 in float32 splits each
+    value into two float16 and multiplies hi·hi + hi·lo + lo·hi, as columns of one product.
+Shape of the code: the screen keeps z in shared memory and walks the codes. A thread holds whole
+    groups of BLOCK_K / 8 codes of a row, so the minimum of a group needs no shuffle. For l2 and
+    cosine a constant makes L_k positive, whose bits compare as integers: a three-input minimum on
+    Hopper. Each of 8 slots a row keeps the least two groups and a third value that only certifies.
+    Up to three groups pass to the second kernel in the 64 bits of the row's index. No scratch
+    memory: the codes are packed again by every program, about D / BLOCK_M · 4 instructions a pair.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
 
 _COSINE, _DOT = 1, 2
@@ -44,7 +48,7 @@ def _power(x):
 
 @triton.jit
 def _half(x, scale, part, LOW: tl.constexpr, SPLIT: tl.constexpr):
-    """x * scale in float16; with SPLIT, columns of part LOW hold what the rounding of the others lost."""
+    """x * scale in float16; with SPLIT, columns of part LOW hold what rounding lost."""
     scaled = x * scale
     high = scaled.to(tl.float16)
     if SPLIT:
@@ -55,7 +59,7 @@ def _half(x, scale, part, LOW: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def _rows(x, start, ROWS: tl.constexpr, count, col, width, D):
-    """[ROWS, cols] in float32 from row `start`; zero outside. The block's address is int64, offsets inside it int32."""
+    """[ROWS, cols] in float32 from row `start`; zero outside. Offsets inside a block are int32."""
     row = tl.arange(0, ROWS)
     mask = (start + row < count)[:, None] & (width < D)[None, :]
     x += tl.cast(start, tl.int64) * D
@@ -136,10 +140,8 @@ def _screen(
 
     integer: tl.constexpr = METRIC != 2
     slots = tl.zeros([BLOCK_M, 8], tl.int32)
-    if integer:
-        first = slots + 0x7F800000  # the bits of infinity
-    else:
-        first = slots.to(tl.float32) + float("inf")
+    # infinity, or its bits
+    first = slots + 0x7F800000 if integer else slots.to(tl.float32) + float("inf")
     second, third = first, first
     first_at, second_at = slots, slots
     longest = TINY * 1.0
@@ -224,7 +226,7 @@ def _norm64(x, base, D, mask):
 
 @triton.jit
 def _scores(z, codebook, z_base, c_base, z_norm, mask, D, METRIC: tl.constexpr, STEP: tl.constexpr):
-    """(float64 score [R, G], code is finite) of pairs of rows z_base [R, 1] and codes c_base [R, G]."""
+    """(float64 score [R, G], code is finite) of rows z_base [R, 1] and codes c_base [R, G]."""
     total = tl.zeros(c_base.shape, tl.float64)
     finite = mask
     if METRIC == 1:
@@ -233,7 +235,9 @@ def _scores(z, codebook, z_base, c_base, z_norm, mask, D, METRIC: tl.constexpr, 
         for j in tl.static_range(STEP):
             d = start + j
             a = tl.load(z + z_base + d, mask=z_base * 0 + d < D, other=0.0).to(tl.float64)
-            b = tl.load(codebook + c_base + d, mask=mask & (c_base * 0 + d < D), other=0.0).to(tl.float64)
+            b = tl.load(codebook + c_base + d, mask=mask & (c_base * 0 + d < D), other=0.0).to(
+                tl.float64
+            )
             finite = finite & (tl.abs(b) < float("inf"))
             if METRIC == 1:
                 a = a / z_norm
@@ -260,7 +264,8 @@ def _keep_best(score, valid, k, best, best_k, K):
 @triton.jit
 def _rescore(
     z, codebook, indices, distances, N, K, D,
-    METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
+    METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < N
@@ -268,7 +273,9 @@ def _rescore(
     z_base = tl.where(real, row, 0)[:, None] * D  # [ROWS, 1]
     finite_row = real
     for d in range(0, D):
-        finite_row = finite_row & (tl.abs(tl.load(z + row * D + d, mask=real, other=0.0).to(tl.float32)) < float("inf"))
+        finite_row = finite_row & (
+            tl.abs(tl.load(z + row * D + d, mask=real, other=0.0).to(tl.float32)) < float("inf")
+        )
     z_norm = tl.full([ROWS, 1], 1.0, tl.float64)
     if METRIC == 1:
         z_norm = _norm64(z, z_base, D, z_base >= 0)
@@ -331,7 +338,7 @@ def unsupported_nearest(z: Tensor, codebook: Tensor, metric: int) -> str | None:
 
 
 def nearest(z: Tensor, codebook: Tensor, metric: int, indices: Tensor, distances: Tensor) -> None:
-    """Writes indices [N] int64 and scores [N] float32 of z [N, D] against codebook [K, D]; metric 0 l2, 1 cosine, 2 dot."""
+    """Writes indices [N] int64 and scores [N] float32; metric 0 is l2, 1 cosine, 2 dot."""
     N, D = z.shape
     K = codebook.shape[0]
     if N == 0:

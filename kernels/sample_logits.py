@@ -1,21 +1,24 @@
-"""One token per row of logits: temperature, top-k, top-p and the draw in one launch, without sorting.
+"""One token per row of logits: temperature, top-k, top-p and the draw in one launch, without
+sorting.
 
-Computes: p_v = exp((x_v − max x) / temperature) for the kept v;  token = first v with Σ_{w≤v} p_w > u · Σ p_w.
-Contract: logits [B, V] contiguous, sample_index [B] int64; temperature 0 is the first largest; -1 for a row that holds NaN
-    or +inf, or nothing but -inf. u is Philox4x32-10 of (seed, sample_index, position).
-Numerics: the logits as float32; each weight is a float64 exponential rounded to float32, and weights are summed eight
-    by eight in float32, then in float64, in an order that V alone decides. So a draw differs from the reference only where u falls within about 1e-7 of an edge.
-Shape of the code: one program per row, which stays in registers: 16 tokens a thread, which 1024 threads of 64 registers
-    can hold. The k-th largest logit and the least weight that top-p keeps are found bit by bit: 32 counts and 30 sums of
-    a row at rest beat a sort. The token is found by bisection over its
-    index, so that no prefix sums are held. Ties of the k-th are all kept; of equal logits top-p keeps the first ones, as a
-    stable sort would.
+Computes: p_v = exp((x_v − max x) / temperature) for the kept v;
+          token = first v with Σ_{w≤v} p_w > u · Σ p_w.
+Contract: logits [B, V] contiguous, sample_index [B] int64; temperature 0 is the first largest; -1
+    for a row that holds NaN or +inf, or nothing but -inf. u is Philox4x32-10 of (seed,
+    sample_index, position).
+Numerics: the logits as float32; each weight is a float64 exponential rounded to float32, and
+    weights are summed eight by eight in float32, then in float64, in an order that V alone decides.
+    So a draw differs from the reference only where u falls within about 1e-7 of an edge.
+Shape of the code: one program per row, which stays in registers: 16 tokens a thread, which 1024
+    threads of 64 registers can hold. The k-th largest logit and the least weight that top-p keeps
+    are found bit by bit: 32 counts and 30 sums of a row at rest beat a sort. The token is found by
+    bisection over its index, so that no prefix sums are held. Ties of the k-th are all kept; of
+    equal logits top-p keeps the first ones, as a stable sort would.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
 
 _LARGEST = 16384  # tokens of a row: 1024 threads with 16 tokens each
@@ -71,7 +74,7 @@ def _nucleus_edge(p, limit):
 def _first_above(weight, at, level, BLOCK: tl.constexpr):
     """The first index whose sum of weights up to and with it exceeds level; BLOCK - 1 if none does.
 
-    Every sum runs over the same tree, in which rounding is monotone: more weights never sum to less.
+    Every sum runs over one tree, where rounding is monotone: more weights never sum to less.
     """
     found = tl.zeros([], tl.int32)
     step = BLOCK // 2

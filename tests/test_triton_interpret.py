@@ -1,7 +1,9 @@
 """Triton kernels under the interpreter (no GPU) against the references in float64.
 
-TRITON_INTERPRET must be set before triton is imported, and would stay set for the tests that follow, so this file is also
-a script: one child process runs every check below and prints one JSON line each; the tests read them.
+TRITON_INTERPRET must be set before triton is imported, and would stay set for the tests that
+follow, so this file is also
+a script: one child process runs every check below and prints one JSON line each; the tests read
+them.
 """
 
 import json
@@ -48,7 +50,9 @@ def exact(op, *inputs):
     """The reference in float64."""
     from vqfast import _dispatch, ops  # noqa: F401  (registers)
 
-    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    wide = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
+    ]
     out = _dispatch.OPS[op].reference(*wide)
     return (out,) if isinstance(out, torch.Tensor) else out
 
@@ -68,7 +72,7 @@ def within(op, inputs, factor, what):
     found = run(op, *inputs)
     for i, (o, p, e) in enumerate(zip(found, plain(op, *inputs), exact(op, *inputs), strict=True)):
         ratio = compare.budget_ratio(o, p, e, factor)
-        # a result that is zero by cancellation has no scale of its own; inputs are of the order of one
+        # a result that is zero by cancellation has no scale of its own; inputs are of order one
         noise = e.numel() and (o.double() - e).abs().max() <= 2 * torch.finfo(torch.float32).eps
         assert ratio <= 1 or noise, f"{op} output {i}, {what}: error {ratio:.3g} of the allowed"
     return found
@@ -118,9 +122,20 @@ def found_right(z, codebook, metric, what):
 
 @check
 def nearest_is_exact_at_hostile_sizes():
-    sizes = ((1, 1, 1), (5, 3, 2), (70, 131, 4), (33, 257, 8), (9, 65, 10), (65, 300, 17), (3, 129, 64), (7, 70, 257))
+    sizes = (
+        (1, 1, 1),
+        (5, 3, 2),
+        (70, 131, 4),
+        (33, 257, 8),
+        (9, 65, 10),
+        (65, 300, 17),
+        (3, 129, 64),
+        (7, 70, 257),
+    )
     for i, (N, K, D) in enumerate(sizes):
-        for j, (zt, ct) in enumerate(((torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32))):
+        for j, (zt, ct) in enumerate(
+            ((torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32))
+        ):
             z, c = normal(N + D, N, D, dtype=zt), normal(K, K, D, dtype=ct)
             found_right(z, c, (i + j) % 3, f"{zt} {ct} {N} {K} {D}")
     found_right(normal(1, 0, 3), normal(2, 5, 3), 0, "no rows")
@@ -153,7 +168,9 @@ def nearest_keeps_what_is_not_finite_apart():
     for metric in range(3):
         for D in (5, 24):
             z, c = normal(1, 40, D), normal(2, 200, D)
-            z[::9, D // 2] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan"), float("inf")])
+            z[::9, D // 2] = torch.tensor(
+                [float("nan"), float("inf"), -float("inf"), float("nan"), float("inf")]
+            )
             found_right(z, c, metric, "bad rows")
             for k, bad in ((0, "nan"), (1, "inf"), (31, "-inf"), (199, "nan")):
                 c[k, k % D] = float(bad)
@@ -201,8 +218,15 @@ def attention_data(dtype, B, H, T, d):
 @check
 def causal_attention_meets_the_budget():
     for dtype in DTYPES:
-        for B, H, T, d in ((2, 1, 1, 16), (1, 2, 37, 59), (1, 1, 130, 64), (1, 1, 70, 100), (1, 1, 19, 256), (2, 2, 0, 16)):
-            d = min(d, 128) if dtype == torch.float32 else d
+        for B, H, T, d in (
+            (2, 1, 1, 16),
+            (1, 2, 37, 59),
+            (1, 1, 130, 64),
+            (1, 1, 70, 100),
+            (1, 1, 19, 256),
+            (2, 2, 0, 16),
+        ):
+            d = min(d, 64) if dtype == torch.float32 else d
             q, k, v, grad = attention_data(dtype, B, H, T, d)
             what = f"{dtype} {B} {H} {T} {d}"
             out, lse = within("causal_attention", (q, k, v, 0.2), 2, what)
@@ -218,11 +242,15 @@ def causal_attention_reads_any_strides():
     q, k, v = packed.unbind(2)
     one = normal(2, B, 1, T, d).expand(B, H, T, d)
     grad = normal(3, 1).expand(B, H, T, d)
-    for q, k, v in ((q, k, v), (q, one, one), tuple(normal(4 + i, B, H, d, T).transpose(2, 3) for i in range(3))):
-        dense = [t.contiguous() for t in (q, k, v)]
-        out, lse = run("causal_attention", q, k, v, 0.3)
+    for views in (
+        (q, k, v),
+        (q, one, one),
+        tuple(normal(4 + i, B, H, d, T).transpose(2, 3) for i in range(3)),
+    ):
+        dense = [t.contiguous() for t in views]
+        out, lse = run("causal_attention", *views, 0.3)
         assert torch.equal(out, run("causal_attention", *dense, 0.3)[0])
-        found = run("causal_attention_backward", grad, q, k, v, out, lse, 0.3)
+        found = run("causal_attention_backward", grad, *views, out, lse, 0.3)
         right = run("causal_attention_backward", grad.contiguous(), *dense, out, lse, 0.3)
         assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
@@ -278,7 +306,11 @@ def group_norm_silu_meets_the_budget():
             for last in (False, True):
                 x = normal(C, B, C, *positions) * 2 + 3
                 x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x).to(dtype)
-                dy = normal(C + 1, B, *positions, C).movedim(-1, 1) if last else normal(C + 1, *x.shape)
+                dy = (
+                    normal(C + 1, B, *positions, C).movedim(-1, 1)
+                    if last
+                    else normal(C + 1, *x.shape)
+                )
                 weight, bias = 1 + 0.3 * normal(1, C), 0.3 * normal(2, C)
                 what = f"{dtype} {B} {C} {positions} {groups} last {last}"
                 inputs = (x, weight, bias, groups, 1e-6)
@@ -308,8 +340,10 @@ def sampling_equals_the_reference():
             x = (3 * normal(V, B, V)).to(dtype)  # float16 has many ties
             x[0, V // 2 :] = -float("inf") if V > 1 else 0.0
             index = torch.randint(1 << 40, (B,), generator=rng(3))
-            for options in ((1.0, 0, 1.0), (0.0, 3, 0.5), (0.7, 1, 1.0), (1.3, 20, 0.9), (1e-30, 0, 1.0),
-                            (2.0, 0, 0.3), (1.0, 5000, 0.999), (1.0, 7, 1e-9)):  # fmt: skip
+            for options in (
+                (1.0, 0, 1.0), (0.0, 3, 0.5), (0.7, 1, 1.0), (1.3, 20, 0.9), (1e-30, 0, 1.0),
+                (2.0, 0, 0.3), (1.0, 5000, 0.999), (1.0, 7, 1e-9),
+            ):  # fmt: skip
                 seed, position = ((1234, 5), (-3, 2**31 + 7), (2**62 + 1, 0))[B % 3]
                 inputs = (x, index, *options, seed, position)
                 found, right = run("sample_logits", *inputs)[0], plain("sample_logits", *inputs)[0]
@@ -334,7 +368,12 @@ def sampling_marks_bad_rows_and_touches_no_other():
 @check
 def decode_attention_meets_the_budget_and_reads_no_unwritten_slot():
     for dtype in DTYPES:
-        for B, H, S, d, length in ((3, 2, 300, 64, 290), (1, 1, 1, 16, 1), (2, 3, 41, 59, 37), (1, 2, 9, 100, 0)):
+        for B, H, S, d, length in (
+            (3, 2, 300, 64, 290),
+            (1, 1, 1, 16, 1),
+            (2, 3, 41, 59, 37),
+            (1, 2, 9, 100, 0),
+        ):
             q, k, v = normal(1, B, H, d, dtype=dtype), *normal(2, 2, B, H, S, d, dtype=dtype)
             clean = within("decode_attention", (q, k, v, length), 2, f"{dtype} {B} {H} {S} {d}")[0]
             k[:, :, length:], v[:, :, length:] = float("nan"), float("inf")
@@ -346,7 +385,9 @@ def decode_attention_is_the_same_in_any_batch():
     q, k, v = normal(1, 5, 2, 32), *normal(2, 2, 5, 2, 50, 32)
     whole = run("decode_attention", q, k, v, 47)[0]
     for b in range(5):
-        assert torch.equal(run("decode_attention", q[b:][:1], k[b:][:1], v[b:][:1], 47)[0][0], whole[b])
+        assert torch.equal(
+            run("decode_attention", q[b:][:1], k[b:][:1], v[b:][:1], 47)[0][0], whole[b]
+        )
 
 
 # ---- the two halves ------------------------------------------------------------------------------
