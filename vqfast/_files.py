@@ -44,7 +44,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; some writers make private files
         yield temporary
+        temporary.chmod(mode)
         fsync_path(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -69,7 +72,10 @@ def atomic_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # what the umask allows, for files
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)
             fsync_path(file)
         fsync_path(temporary)
         if path.exists():
