@@ -21,6 +21,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
 
 
+@pytest.mark.slow
 def test_every_opponent_is_found_by_its_file_and_says_what_it_measures(bench):
     import baselines
 
@@ -36,6 +37,7 @@ def test_every_opponent_is_found_by_its_file_and_says_what_it_measures(bench):
     assert found == files
 
 
+@pytest.mark.slow
 def test_missing_opponent_is_listed_with_its_reason(bench, monkeypatch):
     import baselines
 

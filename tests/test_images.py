@@ -141,7 +141,7 @@ def _bombs():
     just_over = _png(9_460, 9_460, 8, 2, _png_chunk(b"IDAT", zlib.compress(b"\0" * 9_460)))
     vp8x = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + (16_000).to_bytes(3, "little") * 2
     webp = b"RIFF" + struct.pack("<I", 4 + len(vp8x) + 20) + b"WEBP" + vp8x + b"\0" * 20
-    text = _png(8, 8, 8, 0, _png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 200_000_000, 9)))
+    text = _png(8, 8, 8, 0, _png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 120_000_000, 1)))
     return {"png": png, "just over": just_over, "webp": webp, "text": text}
 
 
@@ -228,6 +228,17 @@ def test_sixteen_bit_rgb_png_keeps_the_high_byte(tmp_path):
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     (tmp_path / "a.png").write_bytes(_png(5, 7, 16, 2, _png_chunk(b"IDAT", zlib.compress(rows))))
     assert np.array_equal(_pixels(load_image(tmp_path / "a.png")), values >> 8)
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_sixteen_bit_tiff_rgb_and_white_is_zero(tmp_path, byteorder):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 65536, (7, 5, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, byteorder=byteorder, photometric="rgb")
+    assert np.array_equal(_pixels(load_image(tmp_path / "a.tif")), values >> 8)
+    grey = values[..., 0]
+    tifffile.imwrite(tmp_path / "b.tif", grey, byteorder="<", photometric="miniswhite")
+    assert np.array_equal(_pixels(load_image(tmp_path / "b.tif"))[..., 0], (65535 - grey) >> 8)
 
 
 def test_sixteen_bit_transparent_level_becomes_white(tmp_path):

@@ -79,6 +79,7 @@ _DECODER_ERRORS = (
 )
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG = 0x0106
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -144,6 +145,8 @@ def _refuse_large(width: int, height: int) -> None:
 def _high_byte(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits, v >> 8. Pillow's own conversion would clip every level above 255."""
     values = np.asarray(image).astype(np.uint16)
+    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC_TAG) == 0:
+        values = 65535 - values  # white is zero; Pillow inverts 8 bits only
     level = (values >> 8).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):  # PNG: one grey level means transparent
