@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 from vqfast import _check
@@ -145,7 +145,8 @@ def _refuse_large(width: int, height: int) -> None:
 def _high_byte(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits, v >> 8. Pillow's own conversion would clip every level above 255."""
     values = np.asarray(image).astype(np.uint16)
-    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC_TAG) == 0:
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if tags.get(_PHOTOMETRIC_TAG) == 0:
         values = 65535 - values  # white is zero; Pillow inverts 8 bits only
     level = (values >> 8).astype(np.uint8)
     clear = image.info.get("transparency")
@@ -215,10 +216,12 @@ def load_image(
             or larger than `MAX_PIXELS`, which is judged from the header. FIFOs and devices are
             never opened.
     """
-    is_path = isinstance(source, (str, bytes, os.PathLike))
-    shown = printable(name if name is not None else source if is_path else "picture")
+    if isinstance(source, (str, bytes, os.PathLike)):
+        shown = printable(source if name is None else name)
+    else:
+        shown = printable("picture" if name is None else name)
     try:
-        if not is_path:
+        if not isinstance(source, (str, bytes, os.PathLike)):
             return _decode(source)
         with _open_regular(source) as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -289,10 +292,10 @@ def crop(
     room_y, room_x = image.height - window_h, image.width - window_w
     exact = abs(window_h - height) < 0.5 and abs(window_w - width) < 0.5
     if exact and image.height >= height and image.width >= width:
-        room_y, room_x = image.height - height, image.width - width
-        y = rng.randint(0, room_y) if rng else room_y // 2
-        x = rng.randint(0, room_x) if rng else room_x // 2
-        return image.crop((x, y, x + width, y + height))
+        rows, columns = image.height - height, image.width - width
+        top = rng.randint(0, rows) if rng else rows // 2
+        left = rng.randint(0, columns) if rng else columns // 2
+        return image.crop((left, top, left + width, top + height))
     y, x = (rng.uniform(0, room_y), rng.uniform(0, room_x)) if rng else (room_y / 2, room_x / 2)
     box = (x, y, min(x + window_w, image.width), min(y + window_h, image.height))
     return image.resize((width, height), FILTERS[filter], box=box)

@@ -245,7 +245,7 @@ def trunk_features(network: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     """
 
     def features(images: Tensor) -> Tensor:
-        *_, last = network.net(network.scaling_layer(images))
+        *_, last = network.net(network.scaling_layer(images))  # type: ignore[operator]
         return last.mean((2, 3))
 
     return features

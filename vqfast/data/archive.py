@@ -140,8 +140,9 @@ class TarSource:
         return {**self.__dict__, "_fd": None}  # a descriptor means nothing in a spawned worker
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)
+        fd = getattr(self, "_fd", None)
+        if fd is not None:
+            os.close(fd)
 
 
 def _is_plain(path: str | os.PathLike) -> bool:

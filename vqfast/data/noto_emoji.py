@@ -127,11 +127,12 @@ def build_classes(emoji_test: str) -> dict[str, list[str]]:
     tones.
     """
     class_of = {}
-    for name, subgroups in _SUBGROUPS.items():
+    for kind, subgroups in _SUBGROUPS.items():
         for subgroup in subgroups.replace(" & ", "&").split():
-            class_of[subgroup.replace("&", " & ")] = name
-    classes: dict[str, list[str]] = {name: [] for name in _SUBGROUPS}
-    name, seen = None, set()
+            class_of[subgroup.replace("&", " & ")] = kind
+    classes: dict[str, list[str]] = {kind: [] for kind in _SUBGROUPS}
+    name: str | None = None
+    seen: set[str] = set()
     for line in emoji_test.splitlines():
         if line.startswith("# subgroup:"):
             name = class_of.get(line.partition(":")[2].strip())
