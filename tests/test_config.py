@@ -18,6 +18,7 @@ class Inner:
     rate: float = key(0.5, "a rate", low=0, low_open=True)
     name: str = key("a", "a name", choices=("a", "b"))
     sizes: tuple[int, ...] = key((1, 2), "sizes", low=1)
+    pair: tuple[float, float] = key((0.1, 0.2), "two", low=0)
     maybe: int | None = key(None, "perhaps")
     on: bool = key(False, "a switch")
 
@@ -63,6 +64,8 @@ def test_every_spelling_of_a_float_is_a_number(tmp_path, value):
         ("inner.name=3", "inner.name"),
         ("inner.sizes=[1,0]", "inner.sizes[1]"),
         ("inner.sizes=3", "inner.sizes"),
+        ("inner.pair=[1]", "inner.pair"),
+        ("inner.pair=[1,-2]", "inner.pair[1]"),
         ("inner.on=1", "inner.on"),
         ("inner=3", "inner"),
         ("inner.n.deeper=3", "inner.n"),
@@ -182,6 +185,15 @@ def test_resolution_and_size_follow_each_other(tmp_path):
     assert got.data.size == 128
     got = load(tmp_path, "", schema=TokenizerConfig)
     assert got.data.size == got.model.resolution == 256
+
+
+def test_keys_of_another_quantizer_are_refused(tmp_path):
+    for override, more in (
+        ("train.revive_after=3", "model.quantizer=ema"),
+        ("train.temperature=[1,0.1]", "model.quantizer=vq"),
+    ):
+        with pytest.raises(ConfigError, match=override.split("=")[0]):
+            load(tmp_path, "", override, more, schema=TokenizerConfig)
 
 
 def test_gan_start_before_disc_start_is_refused(tmp_path):

@@ -240,3 +240,16 @@ def test_bf16_trains_and_keeps_float32_weights(config_file):
     first = [float(s.step(i, [batch()])["rec_loss"]) for i in range(15)]
     assert first[-1] < 0.95 * first[0]
     assert all(x.dtype != torch.bfloat16 for x in s.tensors().values())
+
+
+def test_gumbel_temperature_follows_its_schedule(config_file):
+    more = ("model.quantizer=gumbel", "model.embed_dim=8", "loss.disc_factor=0")
+    s = stage(config_file, *more, "train.temperature=[2,0.5]", "train.temperature_steps=4")
+    seen = []
+    for step in (0, 2, 4, 9):
+        s.step(step, [batch()])
+        seen.append(s.model.quantize.temperature)
+    assert seen == [2, 1.25, 0.5, 0.5]
+    s = stage(config_file, *more, "model.temp_init=0.7")
+    s.step(0, [batch()])
+    assert s.model.quantize.temperature == 0.7

@@ -269,10 +269,12 @@ def _convert(kind: Any, value: Any, where: str, rules: Mapping[str, Any]) -> Any
                 continue
         return _convert(options[-1], value, where, rules)
     if dataclasses.is_dataclass(kind):
-        return build(kind, value, where)
+        return build(typing.cast(type, kind), value, where)
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, got {_type_name(value)}")
+        if Ellipsis not in arguments and origin is tuple and len(value) != len(arguments):
+            raise ConfigError(f"{where} must hold {len(arguments)} values, got {list(value)}")
         items = [_convert(arguments[0], v, f"{where}[{i}]", rules) for i, v in enumerate(value)]
         return origin(items)
     if origin is dict or kind is dict:
@@ -328,12 +330,13 @@ def load(path: str | Path, overrides: Iterable[str], schema: type[T]) -> T:
     tree, pairs = read(path), _read_overrides(overrides)
     foreign = [pair for pair in pairs if ".params." in pair[0]]
     tree = _merge(tree, foreign)
-    if hasattr(schema, "translate"):
-        tree = schema.translate(tree)
+    tree = getattr(schema, "translate", _unchanged)(tree)
     tree = _merge(tree, [pair for pair in pairs if pair not in foreign])
-    if hasattr(schema, "complete"):
-        tree = schema.complete(tree)
-    return build(schema, tree)
+    return build(schema, getattr(schema, "complete", _unchanged)(tree))
+
+
+def _unchanged(tree: dict) -> dict:
+    return tree
 
 
 def to_dict(settings: Any) -> dict:

@@ -45,11 +45,8 @@ class World:
         ddp = nn.parallel.DistributedDataParallel
         # torch 2.15 gave the option another name
         new = "forward_sync_buffers" in inspect.signature(ddp).parameters
-        return ddp(
-            module,
-            device_ids=ids,
-            **{"forward_sync_buffers" if new else "broadcast_buffers": False},
-        )
+        options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return ddp(module, device_ids=ids, **options)
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:

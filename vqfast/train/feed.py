@@ -104,22 +104,21 @@ class ImageFeed:
 
 def held_out_images(
     source: Source | None, size: int, count: int, *, warn: bool = True
-) -> tuple[Tensor, Tensor] | None:
-    """The first `count` readable pictures, [n, 3, size, size], and their labels [n]; None if there
-    are none. `warn` names the bad ones; those of the training set are named by its feed.
+) -> Tensor | None:
+    """The first `count` readable pictures, [n, 3, size, size]; None if there are none.
+
+    `warn` names the bad ones; those of the training set are named by its feed.
     """
     if source is None:
         return None
-    dataset, found, labels = ImageDataset(source, size), [], []
+    dataset = ImageDataset(source, size)
+    found: list[Tensor] = []
     for index in range(len(dataset)):
         if len(found) == count:
             break
         try:
-            item = dataset[index]
+            found.append(dataset[index]["image"])
         except DataError as error:
             if warn:
                 print(f"skipped {error}", file=sys.stderr)
-            continue
-        found.append(item["image"])
-        labels.append(item["label"])
-    return (torch.stack(found), torch.tensor(labels)) if found else None
+    return torch.stack(found) if found else None

@@ -72,8 +72,9 @@ class Log:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            for name, value in values.items() if self._board else ():
-                self._board.add_scalar(name, value, step)
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         except OSError as error:
             self.say(f"vqfast: metrics are no longer written: {error}")
             self._file = self._board = None

@@ -10,7 +10,7 @@ import contextlib
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ class Feed(Protocol):
 
     manifest: str
 
-    def take(self, step: int) -> list[Mapping[str, Any]]: ...
+    def take(self, step: int) -> Sequence[Mapping[str, Any]]: ...
 
     @property
     def skipped(self) -> int: ...
@@ -112,7 +112,9 @@ def open_folder(out: Path | None, world: World) -> Iterator[None]:
         lock.__exit__()
 
 
-def find_checkpoint(out: Path, resume: str, say: Any) -> tuple[Path, dict, dict] | None:
+def find_checkpoint(
+    out: Path, resume: str, say: Callable[[str], None]
+) -> tuple[Path, dict, dict] | None:
     """(folder, tensors, values) to go on from, or None for a fresh start.
 
     Args:
@@ -164,6 +166,29 @@ def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: Pat
             )
 
 
+def _restore(
+    found: tuple[Path, dict, dict],
+    stage: Stage,
+    feed: Feed,
+    world: World,
+    identity: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> tuple[int, int]:
+    """Put a checkpoint into stage, feed and random state; its step, and its refused steps."""
+    path, tensors, values = found
+    _refuse_changes(values["identity"], identity, path)
+    if values["manifest"] != feed.manifest:
+        say(
+            f"vqfast: WARNING: the data are not those that {path} was trained on; "
+            "the run goes on with the new ones and is no longer repeatable"
+        )
+    stage.load(tensors, str(path))
+    feed.load_state(values["feed"])
+    state.restore_rng(world.rank, tensors)
+    say(f"vqfast: resumed from {path} at step {values['step']}")
+    return values["step"], values["bad"]
+
+
 def train(
     stage: Stage,
     feed: Feed,
@@ -196,18 +221,7 @@ def train(
         found = find_checkpoint(out, resume, early.say)
         world.barrier()
         if found is not None:
-            path, tensors, values = found
-            _refuse_changes(values["identity"], identity, path)
-            if values["manifest"] != feed.manifest:
-                early.say(
-                    f"vqfast: WARNING: the data are not those that {path} was trained on; "
-                    "the run goes on with the new ones and is no longer repeatable"
-                )
-            stage.load(tensors, str(path))
-            feed.load_state(values["feed"])
-            state.restore_rng(world.rank, tensors)
-            start, bad = values["step"], values["bad"]
-            early.say(f"vqfast: resumed from {path} at step {start}")
+            start, bad = _restore(found, stage, feed, world, identity, early.say)
         finished = start >= stop
         if finished:
             early.say(f"vqfast: nothing to do: the run is at step {start} of {stop}")
@@ -241,7 +255,6 @@ class _Loop:
     ):
         self.stage, self.feed, self.settings, self.world = stage, feed, settings, world
         self.out, self.identity, self.log, self.signals = out, identity, log, signals
-        self.saved = -1
 
     def run(self, start: int, stop: int, bad: int) -> int:
         every, rate = self.settings, Rate()

@@ -58,7 +58,7 @@ def quoted(text: str) -> str:
 
 def run(kind: Kind, config_path: str | Path, overrides: Sequence[str], options: Options) -> int:
     """Train as the configuration and the flags say; the exit code. Errors as `tokenizer.run`."""
-    config = configuration.load(config_path, [*overrides, *_overrides(options)], kind.schema)
+    config: Any = configuration.load(config_path, [*overrides, *_overrides(options)], kind.schema)
     if options.print_config:
         print(configuration.dump(config), end="")
         return 0

@@ -119,7 +119,7 @@ class TrainSection:
 
 @dataclass
 class TokenizerTrain(TrainSection):
-    betas: tuple[float, ...] = key(
+    betas: tuple[float, float] = key(
         (0.5, 0.9), "of both Adam optimizers", low=0, high=1, high_open=True
     )
     disc_learning_rate: float | None = key(None, "null: as learning_rate", low=0, low_open=True)
@@ -132,14 +132,10 @@ class TokenizerTrain(TrainSection):
     revive_after: int = key(
         0, "steps without use after which a code is moved onto a latent; 0: never", low=0
     )
-    temperature: tuple[float, ...] = key(
-        (1.0, 1.0), "Gumbel only: first and last", low=0, low_open=True
+    temperature: tuple[float, float] | None = key(
+        None, "Gumbel only: first and last; null: model.temp_init", low=0, low_open=True
     )
     temperature_steps: int = key(1, "Gumbel only: steps from the first to the last", low=1)
-
-    def __post_init__(self) -> None:
-        _pair("betas", self.betas)
-        _pair("temperature", self.temperature)
 
 
 @dataclass
@@ -173,16 +169,8 @@ class TransformerModel:
 
 @dataclass
 class TransformerTrain(TrainSection):
-    betas: tuple[float, ...] = key((0.9, 0.95), "of AdamW", low=0, high=1, high_open=True)
+    betas: tuple[float, float] = key((0.9, 0.95), "of AdamW", low=0, high=1, high_open=True)
     weight_decay: float = key(0.01, "of matrices; not of biases, norms and embeddings", low=0)
     pkeep: float = key(1.0, "share of input tokens left; others become random codes", low=0, high=1)
     class_dropout: float = key(0.0, "share of labels replaced by the null class", low=0, high=1)
     samples: int = key(16, "images sampled for each grid", low=0, high=256)
-
-    def __post_init__(self) -> None:
-        _pair("betas", self.betas)
-
-
-def _pair(name: str, values: tuple[float, ...]) -> None:
-    if len(values) != 2:
-        raise ValueError(f"{name} must be two numbers, got {list(values)}")

@@ -61,7 +61,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         h.update(f"{name} {tuple(x.shape)} {x.dtype}\n".encode())
-        h.update(x.reshape(-1).view(torch.uint8).numpy())
+        h.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

@@ -202,7 +202,7 @@ def _data(section: dict[str, Any]) -> dict[str, Any]:
         return section
     kind_of(section["target"], "data.target")
     params = _mapping(section.get("params"), "data.params")
-    out = {name: params[name] for name in ("batch_size", "num_workers") if name in params}
+    out: dict[str, Any] = {n: params[n] for n in ("batch_size", "num_workers") if n in params}
     for part, key in (("train", "path"), ("validation", "val_path")):
         where = f"data.params.{part}"
         inner = _mapping(params.get(part), where)

@@ -54,6 +54,13 @@ class TokenizerConfig:
 
     translate = staticmethod(translate_tokenizer)
 
+    def __post_init__(self) -> None:
+        kind = self.model.quantizer
+        if self.train.revive_after and kind != "vq":
+            raise ValueError(f"train.revive_after: must be 0 for quantizer {kind}")
+        if self.train.temperature is not None and kind != "gumbel":
+            raise ValueError(f"train.temperature: must be null for quantizer {kind}")
+
     @staticmethod
     def complete(tree: dict) -> dict:
         """model.resolution and data.size default to each other."""
@@ -85,13 +92,14 @@ class TokenizerStage(Stage):
 
     kind = "tokenizer"
 
-    def __init__(self, config: TokenizerConfig, world: World, held: tuple[Tensor, Tensor] | None):
+    def __init__(self, config: TokenizerConfig, world: World, held: Tensor | None):
         super().__init__(world)
         self.config, self._held = config, held
         train = config.train
         self.model = VQGAN(config.model).to(world.device)
         self._net = world.wrap(self.model)
-        self.loss = self._build_loss().to(world.device, memory_format=torch.channels_last)
+        self.loss = self._build_loss().to(world.device)
+        self.loss.to(memory_format=torch.channels_last)
         self._critic = world.wrap(_Critic(self.loss))
         rate = schedule.base_rate(train, config.data.batch_size, world.size, _DEFAULT_RATE)
         self._rates = {"model": rate, "discriminator": train.disc_learning_rate or rate}
@@ -176,10 +184,11 @@ class TokenizerStage(Stage):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step, self._rates[name], train)
         self.train_mode(True)
-        if self.config.model.quantizer == "gumbel":
+        if train.temperature is not None:
             first, last = train.temperature
             done = min(1.0, step / train.temperature_steps)
-            self.model.quantize.temperature = first + (last - first) * done
+            quantize: Any = self.model.quantize
+            quantize.temperature = first + (last - first) * done
         critic = self.loss.discriminator
         if critic is not None and self.config.loss.disc_norm == "actnorm" and step == 0:
             with torch.no_grad():  # scales from rank 0's first images, on every rank
@@ -188,7 +197,7 @@ class TokenizerStage(Stage):
                     self.world.broadcast(weight)
 
     @staticmethod
-    def _sync(net: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    def _sync(net: Any, last: bool) -> contextlib.AbstractContextManager:
         """Gradients are averaged over the ranks in the last pass of a step only."""
         wrapped = isinstance(net, nn.parallel.DistributedDataParallel)
         return net.no_sync() if wrapped and not last else contextlib.nullcontext()
@@ -295,7 +304,8 @@ class TokenizerStage(Stage):
         if not len(dead):
             return 0
         rows = z[torch.randperm(z.shape[0])[: len(dead)].to(z.device)]
-        weight = self.model.quantize.embedding.weight
+        quantize: Any = self.model.quantize
+        weight = quantize.embedding.weight
         weight[dead] = self.world.broadcast(rows.contiguous()).to(weight.dtype)
         for slot, value in self.optimizers["model"][0].state.get(weight, {}).items():
             if slot != "step":
@@ -334,7 +344,7 @@ class TokenizerStage(Stage):
         )
         counts = torch.zeros(self.config.model.n_embed, dtype=torch.int64)
         with self._for_use():
-            for x in self._held[0].split(size):
+            for x in self._held.split(size):
                 x = x.to(self.world.device)
                 x_hat, _, info = self.model(x)
                 x_hat = x_hat.float()
@@ -345,13 +355,13 @@ class TokenizerStage(Stage):
                         x
                     )
                 counts += torch.bincount(info["indices"].reshape(-1).cpu(), minlength=len(counts))
-        out = {name: value / len(self._held[0]) for name, value in totals.items()}
+        out = {name: value / len(self._held) for name, value in totals.items()}
         return out | {"perplexity": perplexity(counts), "usage": usage(counts)}
 
     def pictures(self) -> dict[str, Tensor]:
         if self._held is None:
             return {}
-        x = self._held[0][:_GRID].to(self.world.device)
+        x = self._held[:_GRID].to(self.world.device)
         with self._for_use():
             x_hat = self.model.to_rgb(self.model(x)[0].float())
         return {"inputs": x.cpu(), "reconstructions": x_hat.cpu()}

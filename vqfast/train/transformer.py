@@ -72,7 +72,7 @@ class TransformerStage(Stage):
         config: TransformerConfig,
         world: World,
         encoder: codes.Encoder,
-        conditioning: nn.Module,
+        conditioning: Any,
         held: Mapping[str, Tensor] | None,
     ):
         super().__init__(world)
@@ -156,8 +156,9 @@ class TransformerStage(Stage):
             for i, batch in enumerate(batches):
                 image, condition = self._tokens(batch)
                 last = i + 1 == len(batches)
-                wrapped = isinstance(self._net, nn.parallel.DistributedDataParallel)
-                sync = contextlib.nullcontext() if last or not wrapped else self._net.no_sync()
+                net: Any = self._net
+                wrapped = isinstance(net, nn.parallel.DistributedDataParallel)
+                sync = contextlib.nullcontext() if last or not wrapped else net.no_sync()
                 with sync:
                     with self._autocast():
                         value = self._net(image, condition) / len(batches)
@@ -242,9 +243,7 @@ class TransformerStage(Stage):
         ]
 
 
-def _conditioning(
-    config: TransformerConfig, tokenizer: VQGAN, names: list[str] | None
-) -> nn.Module:
+def _conditioning(config: TransformerConfig, tokenizer: VQGAN, names: list[str] | None) -> Any:
     """What the file and the data ask for. ConfigError when the data cannot give it."""
     model, kind = config.model, config.model.conditioning
     if kind == "auto":
