@@ -35,7 +35,11 @@ def config(quantizer, disc_factor, mode="shared"):
         disc_norm="actnorm",
     )
     train = TokenizerTrain(
-        learning_rate=1e-3, discriminator_pass=mode, accumulate=2, ema_decay=0.9, revive_after=2
+        learning_rate=1e-3,
+        discriminator_pass=mode,
+        accumulate=2,
+        ema_decay=0.9,
+        revive_after=2 if quantizer == "vq" else 0,
     )
     return TokenizerConfig(model, loss, DataSection(size=8, batch_size=2), train)
 
