@@ -12,7 +12,7 @@ Source: arXiv:2012.09841; CompVis/taming-transformers taming/models/vqgan.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,17 @@ class _Level(nn.Module):
         attends = size in c.attn_resolutions and c.attn_type != "none"
         self.attn = nn.ModuleList(SpatialAttention(width) for _ in widths if attends)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def parts(self) -> Iterator[nn.Module]:
+        """In the order in which they run. A generator, not a forward: a frame of its own would keep
+        the level's input alive to its end.
+        """
         for i, block in enumerate(self.block):
-            h = block(h)
+            yield block
             if len(self.attn):
-                h = self.attn[i](h)
-        return h
+                yield self.attn[i]
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                yield getattr(self, name)
 
 
 class Encoder(nn.Module):
@@ -95,9 +100,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+            for part in level.parts():
+                h = part(h)
         for part in self.mid.values():
             h = part(h)
         return self.conv_out(self.norm_out(h))
@@ -130,9 +134,8 @@ class Decoder(nn.Module):
         for part in self.mid.values():
             h = part(h)
         for level in reversed(self.up):
-            h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            for part in level.parts():
+                h = part(h)
         return self.conv_out(self.norm_out(h))
 
 

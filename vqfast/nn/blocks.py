@@ -72,8 +72,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))  # [B, C', H, W]
-        h = self.conv2(self.dropout(self.norm2(h)))
+        # one expression: a name for the middle would keep it alive through the second convolution
+        h = self.conv2(self.dropout(self.norm2(self.conv1(self.norm1(x)))))  # [B, C', H, W]
         # in place: no backward pass needs the output of a convolution
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
