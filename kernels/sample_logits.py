@@ -6,9 +6,9 @@ Computes: p_v = exp((x_v − max x) / temperature) for the kept v;
 Contract: logits [B, V] contiguous, sample_index [B] int64; temperature 0 is the first largest; -1
     for a row that holds NaN or +inf, or nothing but -inf. u is Philox4x32-10 of (seed,
     sample_index, position).
-Numerics: the logits as float32; each weight is a float64 exponential rounded to float32, and
-    weights are summed eight by eight in float32, then in float64, in an order that V alone decides.
-    So a draw differs from the reference only where u falls within about 1e-7 of an edge.
+Numerics: float32. A weight is off by about 2e-7 per unit of its exponent, and sums run over a tree
+    that V alone decides, so a draw differs from the float64 reference only where u falls within
+    about 1e-6 of an edge between two tokens. (Float64 sums of 16 tokens a thread spill.)
 Shape of the code: one program per row, which stays in registers: 16 tokens a thread, which 1024
     threads of 64 registers can hold. The k-th largest logit and the least weight that top-p keeps
     are found bit by bit: 32 counts and 30 sums of a row at rest beat a sort. The token is found by
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
 
+_LOG2E = 1.4426950408889634
 _LARGEST = 16384  # tokens of a row: 1024 threads with 16 tokens each
 
 
@@ -52,10 +53,8 @@ def _kth_key(key, k):
 
 
 @triton.jit
-def _mass(p):
-    # eight at a time in float32: 16 float64 terms a thread would not fit the registers
-    BLOCK: tl.constexpr = p.shape[0]
-    return tl.sum(tl.sum(tl.reshape(p, [BLOCK // 8, 8]), axis=1).to(tl.float64), axis=0)
+def _sum(p):
+    return tl.sum(p, axis=0)
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def _nucleus_edge(p, limit):
         # with this bit clear and all lower ones set, do the weights above still sum to too much?
         bit = tl.full([], 536870912, tl.int32) >> i
         trial = (t | (bit - 1)).to(tl.float32, bitcast=True)
-        t = tl.where(_mass(tl.where(p > trial, p, 0.0)) > limit, t | bit, t)
+        t = tl.where(_sum(tl.where(p > trial, p, 0.0)) > limit, t | bit, t)
     return t.to(tl.float32, bitcast=True)
 
 
@@ -79,17 +78,17 @@ def _first_above(weight, at, level, BLOCK: tl.constexpr):
     found = tl.zeros([], tl.int32)
     step = BLOCK // 2
     while step > 0:
-        before = _mass(tl.where(at < found + step, weight, 0.0))
+        before = _sum(tl.where(at < found + step, weight, 0.0))
         found = tl.where(before > level, found, found + step)
         step = step // 2
     return found
 
 
-# without the types sharpness (1 / temperature) and top_p would arrive as float32
+# without its type top_p would arrive as float32; sharpness is 1 / temperature, in base 2
 @triton.jit(do_not_specialize=["top_k", "seed", "position"])
 def _sample(
     logits, sample_index, token, V,
-    sharpness: tl.float64, top_k: tl.int32, top_p: tl.float64, seed: tl.int64, position: tl.int64,
+    sharpness: tl.float32, top_k: tl.int32, top_p: tl.float64, seed: tl.int64, position: tl.int64,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -101,23 +100,28 @@ def _sample(
     if GREEDY:
         chosen = tl.min(tl.where(x == best, at, BLOCK), axis=0)
     else:
-        # a sick row is computed like any other, as every loop has a fixed length, and then marked
+        # all weights of a sick row are zero, by which it is known at the end
+        best = tl.where(sick, float("nan"), best)
         if TOP_K:  # padding is -inf, which changes no k-th of the k <= V largest
             key = _ordered(x)
             x = tl.where(key >= _kth_key(key, top_k), x, float("-inf"))
-        p = tl.exp((x.to(tl.float64) - best.to(tl.float64)) * sharpness).to(tl.float32)
+        p = tl.exp2(tl.maximum((x - best) * sharpness, -1000.0))  # 2^-1000 is zero
         if TOP_P:
-            limit = top_p * _mass(p)
+            limit = (top_p * _sum(p).to(tl.float64)).to(tl.float32)
             edge = _nucleus_edge(p, limit)
-            above = _mass(tl.where(p > edge, p, 0.0))
+            above = _sum(tl.where(p > edge, p, 0.0))
             # of r tokens at the edge before it, one is kept while above + r * edge <= limit
-            room = tl.floor((limit - above) / tl.where(edge > 0.0, edge, 1.0).to(tl.float64))
+            room = tl.floor((limit - above) / tl.where(edge > 0.0, edge, 1.0))
             room = tl.minimum(room, 1.0 * BLOCK)
             last = _first_above(tl.where(p == edge, 1.0, 0.0), at, room, BLOCK)
-            p = tl.where((p > edge) | ((p == edge) & (at <= last)), p, 0.0)
+            # up to `last` the edge itself is kept: compare with the float below it
+            below = (edge.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+            below = tl.where(edge > 0.0, below, -1.0)
+            p = tl.where(p > tl.where(at <= last, below, edge), p, 0.0)
         u = _uniform(seed, tl.load(sample_index + row), position)
-        level = u * _mass(p)
-        chosen = _first_above(p, at, level, BLOCK)
+        total = _sum(p)
+        chosen = _first_above(p, at, (u * total).to(tl.float32), BLOCK)
+        sick = total < 0.5  # else it holds the 1 of the largest logit
         # rounding may leave no token above u: then the last kept one
         chosen = tl.minimum(chosen, tl.max(tl.where(p > 0.0, at, 0), axis=0))
     tl.store(token + row, tl.where(sick, -1, chosen).to(tl.int64))
@@ -154,7 +158,7 @@ def sample_logits(
         return
     block = power_of_2(V, 32, _LARGEST)
     # bounded, as infinity times the zero of the largest logit would be NaN
-    sharpness = 1 / max(temperature, 1e-250)
+    sharpness = _LOG2E / max(temperature, 1e-37)
     with on_device(logits):
         _sample[(B,)](
             logits, sample_index, token, V, sharpness, min(top_k, V), top_p, seed, position,
