@@ -181,6 +181,21 @@ def test_signals_leave_finished_images_and_no_half_ones(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_interrupt_reaches_a_job_that_was_started_with_it_ignored(
+    run_cli, tmp_path, monkeypatch, tiny_pipeline
+):
+    def interrupt(image, path):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("vqfast.cli.sample.save_png", interrupt)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        got = run_cli("sample", "--model", tiny_pipeline, "-n", 3, "--out", "o")[0]
+        assert got == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_reader_that_leaves_is_no_error(monkeypatch, capfd):
     end, start = os.pipe()
     os.close(end)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: without the program's name; None takes the process's own.
     """
-    with _terminable():
+    with _stoppable():
         try:
             code = _run(sys.argv[1:] if argv is None else list(argv))
         except KeyboardInterrupt:
@@ -132,17 +132,23 @@ def _flushed(code: int) -> int:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the program, so that temporary files are removed on the way."""
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGINT unwind the program, so that temporary files are removed on the way.
+
+    A shell without job control starts background jobs with SIGINT ignored; `kill -INT` reaches
+    such a job all the same.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Terminated
 
-    old: Any = None
+    old: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        old = signal.signal(signal.SIGTERM, stop)
+        old[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if old is not None:
-            signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
