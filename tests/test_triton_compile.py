@@ -233,7 +233,7 @@ def test_every_kernel_file_has_cases():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Compiled kernels of a file for one architecture, [(inputs of the op, Compiled)]; made once."""
+    """Compiled kernels of a file for an architecture, [(inputs of the op, Compiled)]; made once."""
     made = {}
 
     def of(name, arch):
@@ -269,7 +269,7 @@ def test_attention_of_half_precision_runs_on_wgmma(compiled):
         k.count("HGMMA") for (q, *_), k in compiled("causal_attention", 90)
         if q.element_size() == 2 and q.shape[-1] <= 128
     ]  # fmt: skip
-    assert len(found) == 9 and all(found)
+    assert len(found) == 6 and all(found)
 
 
 # (D, dtype): instructions a pair in the loop around HGMMA on sm_90, triton 3.6 to 3.9; may only

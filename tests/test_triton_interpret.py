@@ -1,9 +1,7 @@
 """Triton kernels under the interpreter (no GPU) against the references in float64.
 
-TRITON_INTERPRET must be set before triton is imported, and would stay set for the tests that
-follow, so this file is also
-a script: one child process runs every check below and prints one JSON line each; the tests read
-them.
+TRITON_INTERPRET must be set before triton is imported and would stay set for later tests, so this
+file is a script too: a child runs the checks and prints a JSON line each, which the tests read.
 """
 
 import json
