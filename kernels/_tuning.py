@@ -14,6 +14,11 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
+def hopper(t: Tensor) -> bool:
+    """Whether the GPU of t has wgmma; true off the GPU, for the tiles of the interpreter."""
+    return not t.is_cuda or torch.cuda.get_device_capability(t.device) >= (9, 0)
+
+
 def power_of_2(n: int, low: int, high: int) -> int:
     """The least power of two >= n, kept within [low, high]; low and high are powers of two."""
     return max(low, min(high, triton.next_power_of_2(max(1, n))))

@@ -84,5 +84,5 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, o
             *q.stride(), *k_cache.stride(), *v_cache.stride(),
             H, length, d, LOG2E.value / math.sqrt(d),
             BLOCK_S=8192 // block_d, BLOCK_D=block_d,
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+            num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip

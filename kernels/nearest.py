@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
+from vqfast.kernels._tuning import hopper, not_contiguous, not_floats, on_device, power_of_2
 
 _COSINE, _DOT = 1, 2
 _MAX_D = 4000  # keeps α below 2^-8 and γ below 2^-10, which the bound on |c_best| uses
@@ -314,14 +314,15 @@ def _plan(z: Tensor, codebook: Tensor, metric: int) -> tuple[dict, float, float]
     relative = 3.1 * 2.0**-22 if split else 1.01 * rounded * 2.0**-11
     alpha = relative + (columns + 16) * 2.0**-21 + 2.0**-28
     small = N <= 128 * 64  # too few blocks of 128 rows for a large GPU
+    narrow = width <= (128 if hopper(z) else 32)  # tiles of 128 codes fit the registers
     plan = {
         "METRIC": metric,
         "SPLIT": split,
         "RESIDENT": resident,
-        "BLOCK_M": 64 if small else 128,
-        "BLOCK_K": 128 if resident and width <= 128 else 64,
+        "BLOCK_M": 64 if small or not (resident and (hopper(z) or width <= 64)) else 128,
+        "BLOCK_K": 128 if resident and narrow else 64 if hopper(z) or width < 256 else 32,
         "DP": width if resident else 64,
-        "num_warps": 4 if small else 8,
+        "num_warps": 4 if small and narrow else 8,
         "num_stages": 2 if resident and width < 256 else 1,
         "enable_fp_fusion": True,
     }
@@ -329,11 +330,11 @@ def _plan(z: Tensor, codebook: Tensor, metric: int) -> tuple[dict, float, float]
 
 
 def unsupported_nearest(z: Tensor, codebook: Tensor, metric: int) -> str | None:
-    """Why these inputs cannot run: dtypes, strides, D above 4000, or K above 2^24."""
+    """Why these inputs cannot run: dtypes, strides, D above 4000, or K of 2^23 and more."""
     if z.shape[1] > _MAX_D:
         return f"D = {z.shape[1]} is above {_MAX_D}"
-    if codebook.shape[0] > 1 << 24:  # 21 bits for a group of at least 8 codes
-        return f"K = {codebook.shape[0]} is above 2^24"
+    if codebook.shape[0] >= 1 << 23:  # 21 bits for a group of at least 4 codes
+        return f"K = {codebook.shape[0]} is not below 2^23"
     return not_floats(z=z, codebook=codebook) or not_contiguous(z=z, codebook=codebook)
 
 
@@ -350,6 +351,6 @@ def nearest(z: Tensor, codebook: Tensor, metric: int, indices: Tensor, distances
         )
         _rescore[(triton.cdiv(N, 8),)](
             z, codebook, indices, distances, N, K, D,
-            METRIC=metric, ROWS=8, BLOCK_K=plan["BLOCK_K"], WIDE=64, STEP=8,
+            METRIC=metric, ROWS=8, BLOCK_K=plan["BLOCK_K"], WIDE=32, STEP=1 if metric == _COSINE else 4,
             num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
