@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from vqfast.kernels._tuning import hopper, not_contiguous, not_floats, on_device, power_of_2
 
-_COSINE, _DOT = 1, 2
+_COSINE = 1
 _MAX_D = 4000  # keeps α below 2^-8 and γ below 2^-10, which the bound on |c_best| uses
 
 TINY = tl.constexpr(2.0**-54)  # norms are safe from squares that underflow
@@ -351,6 +351,7 @@ def nearest(z: Tensor, codebook: Tensor, metric: int, indices: Tensor, distances
         )
         _rescore[(triton.cdiv(N, 8),)](
             z, codebook, indices, distances, N, K, D,
-            METRIC=metric, ROWS=8, BLOCK_K=plan["BLOCK_K"], WIDE=32, STEP=1 if metric == _COSINE else 4,
+            METRIC=metric, ROWS=8, BLOCK_K=plan["BLOCK_K"], WIDE=32,
+            STEP=1 if metric == _COSINE else 4,  # float64 divisions take the registers
             num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
