@@ -244,7 +244,8 @@ def _backward_kv(
 
 
 # (widest d, bytes of an element): BLOCK of the own side, BLOCK of the side walked, warps, stages.
-# The fastest guess that fits the registers without spills on sm_80 and sm_90.
+# The fastest guess that fits the registers without spills on sm_80 and sm_90. The own side is a
+# multiple of the walked one: the walk turns from masked to unmasked tiles at its end.
 _FORWARD = {
     (64, 2): (128, 64, 8, 3), (128, 2): (128, 32, 8, 3), (256, 2): (32, 32, 8, 1),
     (64, 4): (32, 32, 4, 2), (128, 4): (32, 32, 8, 1),
@@ -254,7 +255,7 @@ _BACKWARD_Q = {
     (64, 4): (32, 32, 8, 1),
 }  # fmt: skip
 _BACKWARD_KV = {
-    (64, 2): (64, 32, 8, 1), (128, 2): (64, 16, 8, 1), (256, 2): (16, 32, 8, 1),
+    (64, 2): (64, 32, 8, 1), (128, 2): (64, 16, 8, 1), (256, 2): (16, 16, 8, 1),
     (64, 4): (32, 32, 8, 1),
 }  # fmt: skip
 

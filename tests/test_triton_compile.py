@@ -308,3 +308,9 @@ def test_spills_would_be_seen(monkeypatch):
     constants = {**constants, "BLOCK_K": 128}
     kernel = Compiled((function, signature, constants, attributes, {**options, "num_warps": 4}), 90)
     assert kernel.stack > 0
+
+
+def test_walks_of_attention_turn_from_masked_to_unmasked_at_a_tile():
+    module = importlib.import_module("vqfast.kernels.causal_attention")
+    for table in (module._FORWARD, module._BACKWARD_Q, module._BACKWARD_KV):
+        assert all(own % walked == 0 for own, walked, *_ in table.values())
