@@ -4,7 +4,7 @@ Computes: out_i = Σ_{j≤i} w_ij v_j,  w_ij = exp(scale ⟨q_i, k_j⟩ − lse_
           lse_i = log Σ_{j≤i} exp(scale ⟨q_i, k_j⟩);
           with δ_i = ⟨grad_i, out_i⟩ and s_ij = w_ij (⟨grad_i, v_j⟩ − δ_i) · scale:
           dq_i = Σ_{j≤i} s_ij k_j,   dk_j = Σ_{i≥j} s_ij q_i,   dv_j = Σ_{i≥j} w_ij grad_i.
-Contract: q, k, v, grad [B, H, T, d], any strides, d <= 256 (128 in float32); out and the gradients
+Contract: q, k, v, grad [B, H, T, d], any strides, d <= 256 (64 in float32); out and the gradients
     contiguous. Slots of the future may hold NaN. A row whose scores are all -inf gives zeros and
     lse = +inf.
 Numerics: float32 scores, softmax and sums. float32 inputs are multiplied as three TF32 products;
@@ -248,7 +248,7 @@ def _backward_kv(
 # multiple of the walked one: the walk turns from masked to unmasked tiles at its end.
 _FORWARD = {
     (64, 2): (128, 64, 8, 3), (128, 2): (128, 32, 8, 3), (256, 2): (32, 32, 8, 1),
-    (64, 4): (32, 32, 4, 2), (128, 4): (32, 32, 8, 1),
+    (64, 4): (32, 32, 4, 2),
 }  # fmt: skip
 _BACKWARD_Q = {
     (64, 2): (64, 64, 8, 2), (128, 2): (64, 32, 4, 2), (256, 2): (32, 32, 8, 1),
@@ -284,8 +284,8 @@ def _far(**tensors: Tensor) -> str | None:
 
 
 def unsupported_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Why these inputs cannot run: dtypes, d above 256 (128 for float32), or very long strides."""
-    limit = 128 if q.dtype == torch.float32 else 256
+    """Why these inputs cannot run: dtypes, d above 256 (64 for float32), or very long strides."""
+    limit = 64 if q.dtype == torch.float32 else 256  # three TF32 operands spill above it
     if q.shape[-1] > limit:
         return f"head dim {q.shape[-1]} is above {limit} for {str(q.dtype).removeprefix('torch.')}"
     return not_floats(q=q, k=k, v=v) or _far(q=q, k=k, v=v)
@@ -309,9 +309,7 @@ def causal_attention(
 def unsupported_causal_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> str | None:
-    """Why these inputs cannot run, as for the forward pass; float32 only up to d = 64."""
-    if q.dtype == torch.float32 and q.shape[-1] > 64:  # three TF32 operands spill
-        return f"head dim {q.shape[-1]} is above 64 for float32"
+    """Why these inputs cannot run, as for the forward pass."""
     return unsupported_causal_attention(q, k, v, scale) or not_floats(grad=grad) or _far(grad=grad)
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from vqfast.kernels._tuning import FLOATS, not_contiguous, on_device, power_of_2
 
-_CHUNK = 1024  # indices compared at a time
+_CHUNK = 512  # indices compared at a time
 _CELLS = 1024  # accumulators of a program
 
 
@@ -80,6 +80,6 @@ def code_stats(indices: Tensor, z: Tensor, K: int, counts: Tensor, sums: Tensor)
     with on_device(z):
         _stats[(triton.cdiv(K, block_k), triton.cdiv(D, block_d))](
             indices, z, counts, sums, z.stride(0), z.stride(1), N, K, D,
-            CHUNK=_CHUNK, ROWS=8, BLOCK_K=block_k, BLOCK_D=block_d,
+            CHUNK=_CHUNK, ROWS=4, BLOCK_K=block_k, BLOCK_D=block_d,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

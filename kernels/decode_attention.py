@@ -83,6 +83,6 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, o
             q, k_cache, v_cache, out,
             *q.stride(), *k_cache.stride(), *v_cache.stride(),
             H, length, d, LOG2E.value / math.sqrt(d),
-            BLOCK_S=8192 // block_d, BLOCK_D=block_d,
+            BLOCK_S=min(8192 // block_d, 16 if block_d == 256 else 128), BLOCK_D=block_d,
             num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
