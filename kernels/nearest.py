@@ -314,12 +314,12 @@ def _plan(z: Tensor, codebook: Tensor, metric: int) -> tuple[dict, float, float]
     relative = 3.1 * 2.0**-22 if split else 1.01 * rounded * 2.0**-11
     alpha = relative + (columns + 16) * 2.0**-21 + 2.0**-28
     small = N <= 128 * 64  # too few blocks of 128 rows for a large GPU
-    narrow = width <= (128 if hopper(z) else 32)  # tiles of 128 codes fit the registers
+    narrow = hopper(z) and width <= 128  # tiles of 128 codes fit the registers
     plan = {
         "METRIC": metric,
         "SPLIT": split,
         "RESIDENT": resident,
-        "BLOCK_M": 64 if small or not (resident and (hopper(z) or width <= 32)) else 128,
+        "BLOCK_M": 128 if resident and hopper(z) and not small else 64,
         "BLOCK_K": 128 if resident and narrow else 64 if resident and width < 256 else 32,
         "DP": width if resident else 64,
         "num_warps": 4 if small and narrow else 8,
