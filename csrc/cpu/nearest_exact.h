@@ -48,6 +48,21 @@ inline double sum_squares(const double* x, int64_t D) {
   for (int j = 0; j < kHalfLanes; ++j) sum += s[j];
   return sum;
 }
+// max(|x|, 1e-12), up to the rounding of a sum in any order
+inline double length64(const float* x, int64_t D) {
+  VD s = {};
+  int64_t i = 0;
+  for (; i + kHalfLanes <= D; i += kHalfLanes) {
+    VH v;
+    __builtin_memcpy(&v, x + i, sizeof v);
+    const VD d = __builtin_convertvector(v, VD);
+    s += d * d;
+  }
+  double sum = 0.0;
+  for (; i < D; ++i) sum += static_cast<double>(x[i]) * x[i];
+  for (int j = 0; j < kHalfLanes; ++j) sum += s[j];
+  return std::max(std::sqrt(sum), 1e-12);
+}
 inline double largest_magnitude(const double* x, int64_t D) {
   VD high = {}, low = {};
   int64_t i = 0;
@@ -128,64 +143,80 @@ VQFAST_INLINE Bracket bracket(const double* z, const T* c, int64_t D, int metric
 }
 
 // Collects candidate codes of one row, in ascending order, and names the winner.
-struct Contest {
-  static constexpr int kRoom = 32;
-  const float* codes;
-  const double* norms;  // of the codes, cosine only; else null
-  const double* z;      // [D] the row, normalised for cosine
-  double* scratch;      // [D]
-  int64_t D;
-  int metric;
-  int count = 0;
-  double least_high = std::numeric_limits<double>::infinity();
-  int64_t code[kRoom];
-  double low[kRoom];
-  double exact[kRoom];  // score64 once known, else NaN
-
-  Contest(const float* codes, const double* norms, const double* z, double* scratch, int64_t D,
-          int metric)
-      : codes(codes), norms(norms), z(z), scratch(scratch), D(D), metric(metric) {}
-
-  double norm(int64_t k) const { return norms ? norms[k] : 0.0; }
+class Contest {
+ public:
+  // z [D]: the row, normalised for cosine; scratch [D]
+  Contest(const float* codes, const double* z, double* scratch, int64_t D, int metric)
+      : codes_(codes), z_(z), scratch_(scratch), D_(D), metric_(metric) {}
 
   void enter(int64_t k) {
     Bracket b;
-    if (norms) {
-      load64(codes + k * D, norms[k], D, scratch);
-      b = bracket(z, scratch, D, metric);
+    if (metric_ == kCosine) {
+      load(k);
+      b = bracket(z_, scratch_, D_, metric_);
     } else {
-      b = bracket(z, codes + k * D, D, metric);
+      b = bracket(z_, codes_ + k * D_, D_, metric_);
     }
-    if (b.low > least_high) return;
-    if (b.high < least_high) least_high = b.high;
-    if (count == kRoom) make_room();
-    code[count] = k;
-    low[count] = b.low;
-    exact[count++] = std::numeric_limits<double>::quiet_NaN();
+    if (b.low > least_high_) return;
+    if (b.high < least_high_) least_high_ = b.high;
+    if (count_ == kRoom) make_room();
+    code_[count_] = k;
+    between_[count_] = b;
+    exact_[count_++] = std::numeric_limits<double>::quiet_NaN();
   }
 
-  // the least score64, and of equal ones the first; -1 when no code entered
-  int64_t winner(double* score) {
-    if (count == 0) return -1;
+  // The least score64, and of equal ones the first; -1 when no code entered. With `rounded` the
+  // score need only be right once rounded to float32.
+  int64_t winner(double* score, bool rounded) {
+    if (count_ == 0) return -1;
+    int open = 0, last = 0;
+    for (int j = 0; j < count_; ++j) {
+      if (between_[j].low <= least_high_) ++open, last = j;
+    }
+    const Bracket b = between_[last];
+    if (rounded && open == 1 && static_cast<float>(b.low) == static_cast<float>(b.high)) {
+      *score = b.low;
+      return code_[last];
+    }
     make_room();
-    *score = exact[0];
-    return code[0];
+    *score = exact_[0];
+    return code_[0];
+  }
+
+ private:
+  static constexpr int kRoom = 32;
+
+  void load(int64_t k) {
+    const float* c = codes_ + k * D_;
+    load64(c, metric_ == kCosine ? norm64(c, D_) : 0.0, D_, scratch_);
   }
 
   // scores every code that may still win and keeps the best one
   void make_room() {
     int best = -1;
-    for (int j = 0; j < count; ++j) {
-      if (low[j] > least_high) continue;
-      if (exact[j] != exact[j]) {
-        load64(codes + code[j] * D, norm(code[j]), D, scratch);
-        exact[j] = score64(z, scratch, D, metric);
+    for (int j = 0; j < count_; ++j) {
+      if (between_[j].low > least_high_) continue;
+      if (exact_[j] != exact_[j]) {
+        load(code_[j]);
+        exact_[j] = score64(z_, scratch_, D_, metric_);
       }
-      if (best < 0 || exact[j] < exact[best]) best = j;
+      if (best < 0 || exact_[j] < exact_[best]) best = j;
     }
-    code[0] = code[best];
-    exact[0] = low[0] = exact[best];
-    if (exact[0] < least_high) least_high = exact[0];
-    count = 1;
+    code_[0] = code_[best];
+    exact_[0] = exact_[best];
+    between_[0] = {exact_[0], exact_[0]};
+    if (exact_[0] < least_high_) least_high_ = exact_[0];
+    count_ = 1;
   }
+
+  const float* codes_;
+  const double* z_;
+  double* scratch_;
+  int64_t D_;
+  int metric_;
+  int count_ = 0;
+  double least_high_ = std::numeric_limits<double>::infinity();
+  int64_t code_[kRoom];
+  Bracket between_[kRoom];
+  double exact_[kRoom];  // score64 once known, else NaN
 };

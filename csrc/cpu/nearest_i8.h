@@ -1,0 +1,355 @@
+// The screen in int8: half the score of every code up to a proved error, as minima of groups.
+//
+// Included once per instruction set with vpdpbusd by nearest.cpp, inside namespace
+// vqfast::VQFAST_ISA, so it has no include guard.
+//
+// About the centre m (dot: m = 0 and no norm), a = z - m and b_k = c_k - m give
+//     t_k = |b_k|^2 / 2 - a.b_k,
+// which orders codes as |z - c_k|^2 does. Four rows that share a scale u are rounded to aq = u A, a
+// tile of codes to bq = s B, with A and B in -127 .. 127, and the screen computes
+//     (h_k - A.B_k) in units of u s,    h_k = round(|b_k|^2 / 2 / (u s)),
+// exactly in int32. Half of score64 differs from it, up to a constant of the row, by
+//     E = |a - aq| |b| + |aq| |b - bq|                   Cauchy-Schwarz, residuals as measured
+//       + u s                                            rounding of h_k, and half a unit to spare
+//       + (D+24) 2^-24 (|a||b| + |b|^2/2)                a, b and |b|^2 are computed in float32,
+//       and
+//                                                        so are units and the sums of this bound
+//       + (D+8) 2^-52 (|a|^2 + |b|^2)                    rounding of score64 itself
+// at most; |b| and |b - bq| are the largest of the tile. The measured residuals carry 2^-22 of the
+// vector's length for its own rounding, and 2^-56 for squares that underflow. h_k is cut at 2^30: a
+// tile whose minimum passes 2^29 gives no upper bound. Books whose coordinates are not within
+// 2^-30 .. 2^40 are left to the float32 screen, rows beyond 2^40 are not screened.
+//
+// Shape of the code: codes are unsigned (B + 128; the row gets 128 sum(A) back), rows are broadcast
+// from L1, 4 rows x 4 vectors of codes in 16 sums: two vpdpbusd a cycle on Zen 5. Lane l of a tile
+// holds V consecutive codes, so the minimum of a group needs no shuffle. Rows of a block are taken
+// in order of their largest coordinate, so that rows that share a scale are of about one size.
+
+struct Int8Screen {
+  static constexpr int64_t kRowUnit = 4;
+  static constexpr int64_t kMaxRun = 262144;
+  static constexpr int32_t kFar = 1 << 29;  // minima above it are of codes that were cut
+  static constexpr float kWild = 0x1p40f, kLeast = 0x1p-30f, kFloor = 0x1p-50f;
+
+  const Book* book;
+  int64_t first, count, tiles;
+  int64_t depth, width;     // D up to whole dwords, and up to whole vectors
+  int V;                    // codes per group, vectors per tile
+  Aligned<uint8_t> packed;  // [tiles][V / 4][depth / 4][4][kLanes][4]
+  Aligned<float> half;      // [tiles][V][kLanes]: |b|^2/2, infinity where no code is
+  std::vector<float> unit, reach, lost, top;  // [tiles]: s, |b|, |b - bq|, largest coordinate
+
+  struct Rows {
+    std::vector<float> a;                             // [rows, width]
+    std::vector<float> top, length, residual, scale;  // [rows] max |a|, |a|, |a - aq|, u
+    std::vector<int32_t> offset, minima;              // [rows] 128 sum(A); [rows, tiles, kLanes]
+    std::vector<int8_t> A;           // [rows, depth], of -a, in the order of `order`
+    std::vector<int> order, place;   // row at a place, place of a row
+    std::vector<float> error, step;  // [tiles] of the row at hand: E and u s
+  };
+
+  static int64_t run_codes(const Book& b) {
+    const int64_t unit = kLanes * 32, bytes = int64_t{32} << 20;
+    return std::max(unit, std::min(kMaxRun, bytes / b.D) / unit * unit);
+  }
+
+  int64_t tile_codes() const { return static_cast<int64_t>(kLanes) * V; }
+
+  void begin(const Book& b, int) { book = &b; }
+
+  // b = c - m in float32 (zeros behind D), its largest coordinate and its squared length
+  static void centred(const Book& b, const float* c, double norm, float* out, int64_t width,
+                      float& top, float& square) {
+    const int64_t D = b.D;
+    VF high = {}, sum = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, D - i));
+      if (b.metric == kCosine) {
+        for (int j = 0; j < kLanes; ++j) {
+          out[i + j] = j < n ? static_cast<float>(c[i + j] / norm - b.centre[i + j]) : 0.0f;
+        }
+      } else {
+        store(out + i, load_n(c + i, n) - load_n(b.centre.data() + i, n));
+      }
+      const VF v = load(out + i);
+      high = (VF)_mm512_max_ps((__m512)high, _mm512_abs_ps((__m512)v));
+      sum = fma(v, v, sum);
+    }
+    top = reduce_max(high);
+    square = reduce_add(sum);
+  }
+
+  // round(a / step) into bytes at `out`; the squared residual
+  template <bool kCode>
+  static float quantise(const float* a, int64_t width, int64_t depth, float step, int8_t* out,
+                        int32_t* total) {
+    const __m512 inverse = _mm512_set1_ps(1.0f / step), size = _mm512_set1_ps(step);
+    __m512 lost = _mm512_setzero_ps();
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const __m512 x = _mm512_loadu_ps(a + i);
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
+      const __m512 r = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), size, x);
+      lost = _mm512_fmadd_ps(r, r, lost);
+      sum = _mm512_add_epi32(sum, q);
+      const __m512i stored = kCode ? _mm512_add_epi32(q, _mm512_set1_epi32(128))
+                                   : _mm512_sub_epi32(_mm512_setzero_si512(), q);
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, depth - i));
+      _mm512_mask_cvtepi32_storeu_epi8(out + i, static_cast<__mmask16>((1u << n) - 1u), stored);
+    }
+    if (total) *total = _mm512_reduce_add_epi32(sum);
+    return _mm512_reduce_add_ps(lost);
+  }
+
+  // what `sqrt(squared residual)` may miss of the distance to the true vector of this length
+  static float residual_bound(float squared, float length, bool cosine) {
+    return std::sqrt(squared) * (1.0f + 0x1p-12f) + 0x1p-22f * length + 0x1p-56f +
+           (cosine ? 0x1p-22f : 0.0f);
+  }
+
+  struct Scratch {
+    Aligned<float> b;       // [tile_codes, width]
+    Aligned<int8_t> bytes;  // [tile_codes, depth]
+  };
+
+  void pack_tile(Book& book, int64_t t, Scratch& w) {
+    const int64_t size = tile_codes(), begin = t * size;
+    float most = 0.0f, longest = 0.0f, lost_most = 0.0f;
+    float* halves = half.get() + t * size;
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t k = first + begin + j;
+      float& h = halves[j % V * kLanes + j / V];
+      h = std::numeric_limits<float>::infinity();
+      float* b = w.b.get() + j * width;
+      const float* c = book.codes + k * book.D;
+      bool sound = begin + j < count;
+      if (sound) {
+        sound = all_finite(c, book.D);
+        book.skip[k] = !sound;
+      }
+      if (!sound) {
+        std::fill(b, b + width, 0.0f);
+        continue;
+      }
+      book.hash[k] = hash_of(c, book.weight.data(), book.D);
+      const double norm = book.metric == kCosine ? length64(c, book.D) : 0.0;
+      float high, square;
+      centred(book, c, norm, b, width, high, square);
+      h = book.metric == kDot ? 0.0f : 0.5f * square;
+      most = std::max(most, high);
+      longest = std::max(longest, square);
+    }
+    const float step = std::max(most, kFloor) / 127.0f;
+    for (int64_t j = 0; j < size; ++j) {
+      const float squared = quantise<true>(w.b.get() + j * width, width, depth, step,
+                                           w.bytes.get() + j * depth, nullptr);
+      lost_most = std::max(lost_most, squared);
+    }
+    // dwords of a code go to one lane; see `packed`
+    const int64_t steps = depth / 4;
+    for (int64_t block = 0; block < V / 4; ++block) {
+      uint8_t* out = packed.get() + (t * V + block * 4) * kLanes * depth;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        for (int64_t v = 0; v < 4; ++v) {
+          const int8_t* from = w.bytes.get() + (lane * V + block * 4 + v) * depth;
+          uint8_t* to = out + (v * kLanes + lane) * 4;
+          for (int64_t d = 0; d < steps; ++d) std::memcpy(to + d * 4 * kLanes * 4, from + d * 4, 4);
+        }
+      }
+    }
+    const float length = std::sqrt(longest) * (1.0f + 0x1p-12f);
+    unit[t] = step;
+    reach[t] = length;
+    lost[t] = residual_bound(lost_most, length, book.metric == kCosine);
+    top[t] = most;
+  }
+
+  void pack(Book& b, int64_t from, int64_t codes_of_run, int threads) {
+    first = from;
+    count = codes_of_run;
+    depth = (b.D + 3) / 4 * 4;
+    width = (b.D + kLanes - 1) / kLanes * kLanes;
+    V = b.D >= 128 ? 4 : b.D >= 24 ? 8 : 16;
+    if (count > 65536) V = 32;
+    while (V > 4 && tile_codes() / 2 >= count) V /= 2;
+    tiles = (count + tile_codes() - 1) / tile_codes();
+    packed = aligned<uint8_t>(tiles * tile_codes() * depth);
+    half = aligned<float>(tiles * tile_codes());
+    for (auto* of : {&unit, &reach, &lost, &top})
+      of->resize((tiles + kLanes - 1) / kLanes * kLanes);
+    parallel_for(threads, tiles, 1, [&](int64_t begin, int64_t end) {
+      Scratch w{aligned<float>(tile_codes() * width), aligned<int8_t>(tile_codes() * depth)};
+      for (int64_t t = begin; t < end; ++t) pack_tile(b, t, w);
+    });
+    skip_repeated(b, first, count, [&](int64_t k) {
+      const int64_t at = k - first, t = at / tile_codes(), j = at % tile_codes();
+      half[t * tile_codes() + j % V * kLanes + j / V] = std::numeric_limits<float>::infinity();
+    });
+  }
+
+  // whether the codes are of a size that the bound above allows
+  bool fits() const {
+    const float most = *std::max_element(top.begin(), top.end());
+    return most >= kLeast && most <= kWild;
+  }
+
+  int64_t block_rows(int64_t N, int threads) const {
+    int64_t rows = std::min<int64_t>(96, 65536 / width);
+    rows = std::min(rows, (int64_t{1} << 20) / (tiles * kLanes * 4));
+    rows = std::min(rows, (N + threads - 1) / threads);
+    return std::max<int64_t>(1, (rows + kRowUnit - 1) / kRowUnit) * kRowUnit;
+  }
+
+  void reserve(Rows& w, int64_t rows) const {
+    w.a.resize(rows * width);
+    for (auto* of : {&w.top, &w.length, &w.residual, &w.scale}) of->resize(rows);
+    w.offset.resize(rows);
+    w.minima.resize(rows * tiles * kLanes);
+    w.A.resize(rows * depth);
+    w.order.resize(rows);
+    w.place.resize(rows);
+    w.error.resize(unit.size());
+    w.step.resize(unit.size());
+  }
+
+  // x [rows, D]; norms [rows], negative where the row is not finite
+  void screen(const float* x, const double* norms, int64_t rows, Rows& w) const {
+    const int64_t padded = (rows + kRowUnit - 1) / kRowUnit * kRowUnit;
+    const bool cosine = book->metric == kCosine;
+    for (int64_t r = 0; r < padded; ++r) {
+      float* a = w.a.data() + r * width;
+      w.order[r] = static_cast<int>(r);
+      float square = 0.0f;
+      w.top[r] = 0.0f;
+      if (r < rows && norms[r] >= 0.0) {
+        centred(*book, x + r * book->D, norms[r], a, width, w.top[r], square);
+        w.length[r] = std::sqrt(square) * (1.0f + 0x1p-12f);
+        if (!(w.top[r] <= kWild)) w.length[r] = std::numeric_limits<float>::infinity();
+      }
+      if (r >= rows || norms[r] < 0.0 || !(w.top[r] <= kWild)) {
+        std::fill(a, a + width, 0.0f);
+        w.top[r] = 0.0f;
+      }
+    }
+    std::sort(w.order.begin(), w.order.begin() + padded,
+              [&](int i, int j) { return w.top[i] < w.top[j]; });
+    for (int64_t p = 0; p < padded; p += kRowUnit) {
+      // the last of the four is the largest
+      const float step = std::max(w.top[w.order[p + kRowUnit - 1]], kFloor) / 127.0f;
+      for (int64_t i = p; i < p + kRowUnit; ++i) {
+        const int r = w.order[i];
+        w.place[r] = static_cast<int>(i);
+        w.scale[r] = step;
+        int32_t total;
+        const float squared = quantise<false>(w.a.data() + r * width, width, depth, step,
+                                              w.A.data() + i * depth, &total);
+        w.offset[r] = 128 * total;
+        w.residual[r] = residual_bound(squared, w.length[r], cosine);
+      }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t p = 0; p < padded; p += kRowUnit) {
+        const float inverse = 1.0f / (w.scale[w.order[p]] * unit[t]);
+        tile_rows(w.A.data() + p * depth, packed.get() + t * tile_codes() * depth,
+                  half.get() + t * tile_codes(), inverse,
+                  w.minima.data() + (p * tiles + t) * kLanes);
+      }
+    }
+  }
+
+  // 4 rows against a tile: the minima of its groups
+  void tile_rows(const int8_t* A, const uint8_t* tile, const float* halves, float inverse,
+                 int32_t* minima) const {
+    const int64_t stride = tiles * kLanes;
+    const __m512 scale = _mm512_set1_ps(inverse), cut = _mm512_set1_ps(0x1p30f);
+    for (int block = 0; block < V / 4; ++block) {
+      __m512i s0[4], s1[4], s2[4], s3[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const __m512 h = _mm512_loadu_ps(halves + (block * 4 + v) * kLanes);
+        s0[v] = s1[v] = s2[v] = s3[v] =
+            _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(h, scale), cut));
+      }
+      for (int64_t d = 0; d < depth; d += 4, tile += 4 * kLanes * 4) {
+        const __m512i z0 = broadcast_4(A + d), z1 = broadcast_4(A + depth + d);
+        const __m512i z2 = broadcast_4(A + 2 * depth + d), z3 = broadcast_4(A + 3 * depth + d);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          const __m512i c = _mm512_load_si512(tile + v * kLanes * 4);
+          add_products(s0[v], c, z0);
+          add_products(s1[v], c, z1);
+          add_products(s2[v], c, z2);
+          add_products(s3[v], c, z3);
+        }
+      }
+      const __m512i m[4] = {least(s0), least(s1), least(s2), least(s3)};
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        int32_t* out = minima + r * stride;
+        _mm512_storeu_si512(out, block ? _mm512_min_epi32(m[r], _mm512_loadu_si512(out)) : m[r]);
+      }
+    }
+  }
+  static VQFAST_INLINE __m512i broadcast_4(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static VQFAST_INLINE __m512i least(const __m512i* s) {
+    return _mm512_min_epi32(_mm512_min_epi32(s[0], s[1]), _mm512_min_epi32(s[2], s[3]));
+  }
+  // gcc 12 copies and spills the sums of _mm512_dpbusd_epi32: a third of the speed
+  static VQFAST_INLINE void add_products(__m512i& sum, __m512i codes, __m512i row) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(row));
+  }
+
+  // every group whose least screened score reaches the bound, in ascending order of codes
+  template <class F>
+  void flagged(Rows& w, int64_t r, F&& group) const {
+    const bool all = w.length[r] == std::numeric_limits<float>::infinity();
+    const VF infinite = broadcast(std::numeric_limits<float>::infinity());
+    const int32_t* minima = w.minima.data() + w.place[r] * tiles * kLanes;
+    const VI offset = broadcast_int(w.offset[r]);
+    VF best = infinite;
+    if (!all) {
+      bounds(w, r);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const __m512i m = _mm512_loadu_si512(minima + t * kLanes);
+        const VF upper = fma(as_float((VI)m + offset), broadcast(w.step[t]), broadcast(w.error[t]));
+        const __mmask16 near = _mm512_cmple_epi32_mask(m, _mm512_set1_epi32(kFar));
+        best = (VF)_mm512_mask_min_ps((__m512)best, near, (__m512)best, (__m512)upper);
+      }
+    }
+    const VF limit = broadcast(reduce_min(best));
+    for (int64_t t = 0; t < tiles; ++t) {
+      uint32_t mask = 0xFFFF;
+      if (!all) {
+        VI m;
+        __builtin_memcpy(&m, minima + t * kLanes, sizeof m);
+        const VF lower = fma(as_float(m + offset), broadcast(w.step[t]), broadcast(-w.error[t]));
+        mask = at_most(lower, limit);
+      }
+      for (; mask; mask &= mask - 1) {
+        const int64_t at = t * tile_codes() + static_cast<int64_t>(__builtin_ctz(mask)) * V;
+        group(first + at, first + std::min(count, at + V));
+      }
+    }
+  }
+  static VQFAST_INLINE VF as_float(VI x) { return (VF)_mm512_cvtepi32_ps((__m512i)x); }
+
+  // E and u s of each tile for row r
+  void bounds(Rows& w, int64_t r) const {
+    const float D = static_cast<float>(book->D), A = w.length[r], da = w.residual[r];
+    const float own = (D + 8.0f) * 0x1p-52f * A * A;
+    const VF half_unit = broadcast(0.5f), u = broadcast(w.scale[r]);
+    for (int64_t t = 0; t < tiles; t += kLanes) {
+      const VF b = load(reach.data() + t), db = load(lost.data() + t);
+      const VF step = u * load(unit.data() + t);
+      const VF e = da * b + (A + da) * db + step +
+                   (D + 24.0f) * 0x1p-24f * (A * b + half_unit * b * b) +
+                   (D + 8.0f) * 0x1p-52f * b * b + own;
+      store(w.step.data() + t, step);
+      store(w.error.data() + t, e * (1.0f + 0x1p-10f));
+    }
+  }
+};
