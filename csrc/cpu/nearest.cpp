@@ -150,8 +150,9 @@ struct Blocks {
     const bool whole = screen.count == book.K;
     each(n0, count, [&](int64_t r, const float* x) {
       double score;
-      const int64_t k = decision.best(book, x, norms[r], whole, &score,
-                                      [&](auto&& enter) { screen.flagged(rows, r, enter); });
+      const int64_t k = decision.best(book, x, norms[r], whole, &score, [&](auto&& enter) {
+        screen.flagged(rows, r, enter, [&] { return decision.shortlist.high(); });
+      });
       keep(out, n0 + r, k, score);
     });
   }
@@ -204,9 +205,11 @@ bool selective(const Book& book, const Int8Screen& screen, const View& z) {
     blocks.each(j * (N - rows) / rows + j, std::min(Int8Screen::kRowUnit, rows - j),
                 [&](int64_t r, const float*) {
                   ++seen;
-                  screen.flagged(blocks.rows, r, [&](int64_t begin, int64_t end) {
+                  const auto count = [&](int64_t begin, int64_t end) {
                     left += std::max<int64_t>(0, end - begin);
-                  });
+                  };
+                  screen.flagged(blocks.rows, r, count,
+                                 [] { return std::numeric_limits<float>::infinity(); });
                 });
   }
   return left * 16 <= std::max<int64_t>(1024, seen * screen.count);

@@ -142,7 +142,7 @@ VQFAST_INLINE Bracket bracket(const double* z, const T* c, int64_t D, int metric
   return {rest - slack, rest + slack};
 }
 
-// Collects candidate codes of one row, in ascending order, and names the winner.
+// Collects candidate codes of one row and names the winner.
 class Contest {
  public:
   // z [D]: the row, normalised for cosine; scratch [D]
@@ -165,8 +165,8 @@ class Contest {
     exact_[count_++] = std::numeric_limits<double>::quiet_NaN();
   }
 
-  // The least score64, and of equal ones the first; -1 when no code entered. With `rounded` the
-  // score need only be right once rounded to float32.
+  // The least score64, and of equal ones the lowest code; -1 when no code entered. With `rounded`
+  // the score need only be right once rounded to float32.
   int64_t winner(double* score, bool rounded) {
     if (count_ == 0) return -1;
     int open = 0, last = 0;
@@ -200,7 +200,10 @@ class Contest {
         load(code_[j]);
         exact_[j] = score64(z_, scratch_, D_, metric_);
       }
-      if (best < 0 || exact_[j] < exact_[best]) best = j;
+      if (best < 0 || exact_[j] < exact_[best] ||
+          (exact_[j] == exact_[best] && code_[j] < code_[best])) {
+        best = j;
+      }
     }
     code_[0] = code_[best];
     exact_[0] = exact_[best];

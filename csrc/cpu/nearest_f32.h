@@ -235,9 +235,10 @@ struct FloatScreen {
     }
   }
 
-  // every group whose least screened score reaches the bound, in ascending order of codes
-  template <class F>
-  void flagged(const Rows& w, int64_t r, F&& group) const {
+  // every group whose least screened score reaches the bound; as a rule one, so that an upper bound
+  // from the codes seen so far would not help
+  template <class F, class H>
+  void flagged(const Rows& w, int64_t r, F&& group, H&&) const {
     const float* minima = w.minima.data() + r * tiles * kLanes;
     const float length = w.length[r];
     const bool all = length == std::numeric_limits<float>::infinity();

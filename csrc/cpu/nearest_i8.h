@@ -18,7 +18,8 @@
 // at most; |b| and |b - bq| are the largest of the tile. The measured residuals carry 2^-22 of the
 // vector's length for its own rounding, and 2^-56 for squares that underflow. h_k is cut at 2^30: a
 // tile whose minimum passes 2^29 gives no upper bound. Books whose coordinates are not within
-// 2^-30 .. 2^40 are left to the float32 screen, rows beyond 2^40 are not screened.
+// 2^-30 .. 2^40, or of D > 16384, are left to the float32 screen, rows beyond 2^40 are not
+// screened.
 //
 // Shape of the code: codes are unsigned (B + 128; the row gets 128 sum(A) back), rows are broadcast
 // from L1, 4 rows x 4 vectors of codes in 16 sums: two vpdpbusd a cycle on Zen 5. Lane l of a tile
@@ -28,6 +29,8 @@
 struct Int8Screen {
   static constexpr int64_t kRowUnit = 4;
   static constexpr int64_t kMaxRun = 262144;
+  static constexpr int64_t kMaxD = 16384;               // sums stay below 2^29
+  static constexpr int64_t kMinima = int64_t{1} << 20;  // bytes of a block
   static constexpr int32_t kFar = 1 << 29;  // minima above it are of codes that were cut
   static constexpr float kWild = 0x1p40f, kLeast = 0x1p-30f, kFloor = 0x1p-50f;
 
@@ -39,19 +42,29 @@ struct Int8Screen {
   Aligned<float> half;      // [tiles][V][kLanes]: |b|^2/2, infinity where no code is
   std::vector<float> unit, reach, lost, top;  // [tiles]: s, |b|, |b - bq|, largest coordinate
 
+  struct Found {
+    float lower;  // t - E
+    int32_t at;   // first code of the group, in the run
+  };
+
   struct Rows {
-    std::vector<float> a;                             // [rows, width]
-    std::vector<float> top, length, residual, scale;  // [rows] max |a|, |a|, |a - aq|, u
-    std::vector<int32_t> offset, minima;              // [rows] 128 sum(A); [rows, tiles, kLanes]
-    std::vector<int8_t> A;           // [rows, depth], of -a, in the order of `order`
-    std::vector<int> order, place;   // row at a place, place of a row
-    std::vector<float> error, step;  // [tiles] of the row at hand: E and u s
+    std::vector<float> a;                                     // [rows, width]
+    std::vector<float> top, square, length, residual, scale;  // [rows] max |a|, |a|^2, |a|,
+                                                              // |a - aq|, u
+    std::vector<int32_t> offset, minima;  // [rows] 128 sum(A); [rows, tiles, kLanes]
+    std::vector<int8_t> A;                // [rows, depth], of -a, in the order of `order`
+    std::vector<int> order, place;        // row at a place, place of a row
+    std::vector<Found> found;             // groups of the row at hand
+    std::vector<float> error, step;       // [tiles] of the row at hand: E and u s
   };
 
   static int64_t run_codes(const Book& b) {
     const int64_t unit = kLanes * 32, bytes = int64_t{32} << 20;
     return std::max(unit, std::min(kMaxRun, bytes / b.D) / unit * unit);
   }
+
+  // of the minima of a row; an odd number of cache lines, as rows a power of two apart share sets
+  int64_t stride() const { return (tiles | 1) * kLanes; }
 
   int64_t tile_codes() const { return static_cast<int64_t>(kLanes) * V; }
 
@@ -190,21 +203,21 @@ struct Int8Screen {
   // whether the codes are of a size that the bound above allows
   bool fits() const {
     const float most = *std::max_element(top.begin(), top.end());
-    return most >= kLeast && most <= kWild;
+    return most >= kLeast && most <= kWild && book->D <= kMaxD;
   }
 
   int64_t block_rows(int64_t N, int threads) const {
     int64_t rows = std::min<int64_t>(96, 65536 / width);
-    rows = std::min(rows, (int64_t{1} << 20) / (tiles * kLanes * 4));
+    rows = std::min(rows, kMinima / (stride() * 4));
     rows = std::min(rows, (N + threads - 1) / threads);
     return std::max<int64_t>(1, (rows + kRowUnit - 1) / kRowUnit) * kRowUnit;
   }
 
   void reserve(Rows& w, int64_t rows) const {
     w.a.resize(rows * width);
-    for (auto* of : {&w.top, &w.length, &w.residual, &w.scale}) of->resize(rows);
+    for (auto* of : {&w.top, &w.square, &w.length, &w.residual, &w.scale}) of->resize(rows);
     w.offset.resize(rows);
-    w.minima.resize(rows * tiles * kLanes);
+    w.minima.resize(rows * stride());
     w.A.resize(rows * depth);
     w.order.resize(rows);
     w.place.resize(rows);
@@ -219,11 +232,10 @@ struct Int8Screen {
     for (int64_t r = 0; r < padded; ++r) {
       float* a = w.a.data() + r * width;
       w.order[r] = static_cast<int>(r);
-      float square = 0.0f;
       w.top[r] = 0.0f;
       if (r < rows && norms[r] >= 0.0) {
-        centred(*book, x + r * book->D, norms[r], a, width, w.top[r], square);
-        w.length[r] = std::sqrt(square) * (1.0f + 0x1p-12f);
+        centred(*book, x + r * book->D, norms[r], a, width, w.top[r], w.square[r]);
+        w.length[r] = std::sqrt(w.square[r]) * (1.0f + 0x1p-12f);
         if (!(w.top[r] <= kWild)) w.length[r] = std::numeric_limits<float>::infinity();
       }
       if (r >= rows || norms[r] < 0.0 || !(w.top[r] <= kWild)) {
@@ -252,7 +264,7 @@ struct Int8Screen {
         const float inverse = 1.0f / (w.scale[w.order[p]] * unit[t]);
         tile_rows(w.A.data() + p * depth, packed.get() + t * tile_codes() * depth,
                   half.get() + t * tile_codes(), inverse,
-                  w.minima.data() + (p * tiles + t) * kLanes);
+                  w.minima.data() + p * stride() + t * kLanes);
       }
     }
   }
@@ -260,7 +272,6 @@ struct Int8Screen {
   // 4 rows against a tile: the minima of its groups
   void tile_rows(const int8_t* A, const uint8_t* tile, const float* halves, float inverse,
                  int32_t* minima) const {
-    const int64_t stride = tiles * kLanes;
     const __m512 scale = _mm512_set1_ps(inverse), cut = _mm512_set1_ps(0x1p30f);
     for (int block = 0; block < V / 4; ++block) {
       __m512i s0[4], s1[4], s2[4], s3[4];
@@ -285,7 +296,7 @@ struct Int8Screen {
       const __m512i m[4] = {least(s0), least(s1), least(s2), least(s3)};
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        int32_t* out = minima + r * stride;
+        int32_t* out = minima + r * stride();
         _mm512_storeu_si512(out, block ? _mm512_min_epi32(m[r], _mm512_loadu_si512(out)) : m[r]);
       }
     }
@@ -303,37 +314,57 @@ struct Int8Screen {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(row));
   }
 
-  // every group whose least screened score reaches the bound, in ascending order of codes
-  template <class F>
-  void flagged(Rows& w, int64_t r, F&& group) const {
+  // Groups that may hold the winner: the most promising one first, then, in ascending order, those
+  // that are left by `high()`, which bounds the least score64 of the codes seen so far.
+  template <class F, class H>
+  void flagged(Rows& w, int64_t r, F&& group, H&& high) const {
     const bool all = w.length[r] == std::numeric_limits<float>::infinity();
-    const VF infinite = broadcast(std::numeric_limits<float>::infinity());
-    const int32_t* minima = w.minima.data() + w.place[r] * tiles * kLanes;
+    const int32_t* minima = w.minima.data() + w.place[r] * stride();
     const VI offset = broadcast_int(w.offset[r]);
-    VF best = infinite;
-    if (!all) {
-      bounds(w, r);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const __m512i m = _mm512_loadu_si512(minima + t * kLanes);
-        const VF upper = fma(as_float((VI)m + offset), broadcast(w.step[t]), broadcast(w.error[t]));
-        const __mmask16 near = _mm512_cmple_epi32_mask(m, _mm512_set1_epi32(kFar));
-        best = (VF)_mm512_mask_min_ps((__m512)best, near, (__m512)best, (__m512)upper);
-      }
+    const auto visit = [&](int32_t at) {
+      group(first + at, first + std::min<int64_t>(count, at + V));
+    };
+    if (all) {
+      for (int64_t at = 0; at < count; at += V) visit(static_cast<int32_t>(at));
+      return;
+    }
+    bounds(w, r);
+    VF best = broadcast(std::numeric_limits<float>::infinity());
+    for (int64_t t = 0; t < tiles; ++t) {
+      const __m512i m = _mm512_loadu_si512(minima + t * kLanes);
+      const VF upper = fma(as_float((VI)m + offset), broadcast(w.step[t]), broadcast(w.error[t]));
+      const __mmask16 near = _mm512_cmple_epi32_mask(m, _mm512_set1_epi32(kFar));
+      best = (VF)_mm512_mask_min_ps((__m512)best, near, (__m512)best, (__m512)upper);
     }
     const VF limit = broadcast(reduce_min(best));
+    w.found.clear();
     for (int64_t t = 0; t < tiles; ++t) {
-      uint32_t mask = 0xFFFF;
-      if (!all) {
-        VI m;
-        __builtin_memcpy(&m, minima + t * kLanes, sizeof m);
-        const VF lower = fma(as_float(m + offset), broadcast(w.step[t]), broadcast(-w.error[t]));
-        mask = at_most(lower, limit);
-      }
-      for (; mask; mask &= mask - 1) {
-        const int64_t at = t * tile_codes() + static_cast<int64_t>(__builtin_ctz(mask)) * V;
-        group(first + at, first + std::min(count, at + V));
+      VI m;
+      __builtin_memcpy(&m, minima + t * kLanes, sizeof m);
+      const VF lower = fma(as_float(m + offset), broadcast(w.step[t]), broadcast(-w.error[t]));
+      for (uint32_t mask = at_most(lower, limit); mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        const int64_t at = t * tile_codes() + static_cast<int64_t>(lane) * V;
+        w.found.push_back({lower[lane], static_cast<int32_t>(at)});
       }
     }
+    const auto least = std::min_element(w.found.begin(), w.found.end(),
+                                        [](auto& x, auto& y) { return x.lower < y.lower; });
+    if (least == w.found.end()) return;
+    visit(least->at);
+    const float left = upper_bound(w, r, high());
+    for (const Found& f : w.found) {
+      if (f.at != least->at && f.lower <= left) visit(f.at);
+    }
+  }
+
+  // what a score64 of at most `high` says of t
+  float upper_bound(const Rows& w, int64_t r, float high) const {
+    const float square = w.square[r], D = static_cast<float>(book->D);
+    if (book->metric == kDot) return high + 0x1p-22f * std::fabs(high);
+    const float error = (D + 24.0f) * 0x1p-24f * square + 0x1p-22f * (std::fabs(high) + square) +
+                        (book->metric == kCosine ? 0x1p-18f : 0.0f);
+    return 0.5f * (high - square) + error;
   }
   static VQFAST_INLINE VF as_float(VI x) { return (VF)_mm512_cvtepi32_ps((__m512i)x); }
 

@@ -46,6 +46,9 @@ class Shortlist {
     }
   }
 
+  // no less than the least score64 of the codes entered
+  float high() const { return least_high_; }
+
   // calls f(k) for what may still win, in the order of entering
   template <class F>
   void survivors(F&& f) const {
