@@ -182,7 +182,7 @@ struct Int8Screen {
     count = codes_of_run;
     depth = (b.D + 3) / 4 * 4;
     width = (b.D + kLanes - 1) / kLanes * kLanes;
-    V = b.D >= 128 ? 4 : b.D >= 24 ? 8 : 16;
+    V = b.D >= 24 ? 8 : 16;
     if (count > 65536) V = 32;
     while (V > 4 && tile_codes() / 2 >= count) V /= 2;
     tiles = (count + tile_codes() - 1) / tile_codes();
