@@ -4,8 +4,8 @@
 //   finite gives index 0 and score NaN; a code that is not finite never wins. Equal on every
 //   instruction set, thread count and split of the rows.
 // Numerics: three steps, each of which keeps every code that may win by a proved bound: a screen
-//   over all codes (int8, nearest_i8.h, or float32, nearest_f32.h) leaves groups of V codes, a
-//   float32 score of these (nearest_rerank.h) leaves one or two codes, float64 decides.
+//   over all codes (int8 or int16, nearest_int.h, or float32, nearest_f32.h) leaves groups of V
+//   codes, a float32 score of these (nearest_rerank.h) leaves one or two codes, float64 decides.
 // Shape of the code: codes are packed on every call, as a cache keyed by address goes stale unseen.
 //   Codes equal to an earlier one are dropped, as a collapsed codebook would send all of them to
 //   float64. Rows are cut into blocks whose minima stay in the second-level cache; a block belongs
@@ -41,6 +41,16 @@ VQFAST_INLINE VF lesser(VF a, VF b) {
 #endif
 }
 
+VQFAST_INLINE VF larger(VF a, VF b) {
+#if VQFAST_LANES == 16
+  return (VF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VQFAST_LANES == 8
+  return (VF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return vmax(a, b);
+#endif
+}
+
 VQFAST_INLINE uint32_t at_most(VF a, VF b) {  // bit l: a[l] <= b[l]
 #if VQFAST_LANES == 16
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
@@ -59,8 +69,9 @@ VQFAST_INLINE uint32_t at_most(VF a, VF b) {  // bit l: a[l] <= b[l]
 #include "nearest_book.h"
 #include "nearest_rerank.h"
 #include "nearest_f32.h"
-#ifdef VQFAST_VNNI
-#include "nearest_i8.h"
+#if defined(VQFAST_VNNI) || VQFAST_LANES == 8
+#define VQFAST_INT_SCREEN 1
+#include "nearest_int.h"
 #endif
 // clang-format on
 
@@ -68,7 +79,7 @@ constexpr int64_t kFewRows = 8;
 // Where int8 leaves too many codes, or saves too little, float32 screens with whole rows in
 // registers: at D 4 (65,536 codes) it takes 0.45 of int8's time, at D 8 1.8 times (262,144: 2.4
 // times, 1,024: 0.85 times). One thread of Zen 5, 2026-11-25.
-constexpr bool int8_pays(int64_t K, int64_t D) { return D > 8 || (D > 4 && K >= 4096); }
+constexpr bool int_pays(int64_t K, int64_t D) { return D > 8 || (D > 4 && K >= 4096); }
 
 struct Answer {
   int64_t* index;
@@ -197,15 +208,15 @@ void search_directly(const Book& b, const View& z, int threads, const Answer& ou
   }
 }
 
-#ifdef VQFAST_VNNI
-// Whether the int8 screen of these codes leaves few enough of them, by a sample of rows.
-bool selective(const Book& book, const Int8Screen& screen, const View& z) {
+#ifdef VQFAST_INT_SCREEN
+// Whether the integer screen of these codes leaves few enough of them, by a sample of rows.
+bool selective(const Book& book, const IntScreen& screen, const View& z) {
   constexpr int64_t kSample = 16;
   const int64_t N = z.shape[0], rows = std::min(kSample, N);
-  Blocks<Int8Screen> blocks(book, screen, z, kSample);
+  Blocks<IntScreen> blocks(book, screen, z, kSample);
   int64_t left = 0, seen = 0;
-  for (int64_t j = 0; j < rows; j += Int8Screen::kRowUnit) {
-    blocks.each(j * (N - rows) / rows + j, std::min(Int8Screen::kRowUnit, rows - j),
+  for (int64_t j = 0; j < rows; j += IntScreen::kRowUnit) {
+    blocks.each(j * (N - rows) / rows + j, std::min(IntScreen::kRowUnit, rows - j),
                 [&](int64_t r, const float*) {
                   ++seen;
                   const auto count = [&](int64_t begin, int64_t end) {
@@ -218,10 +229,10 @@ bool selective(const Book& book, const Int8Screen& screen, const View& z) {
   return left * 16 <= std::max<int64_t>(1024, seen * screen.count);
 }
 
-// false: these codes or rows are not for int8, and nothing was written
-bool search_int8(Book& book, const View& z, int64_t first, int64_t count, int threads,
-                 const Answer& out) {
-  Int8Screen screen;
+// false: these codes or rows are not for integers, and nothing was written
+bool search_int(Book& book, const View& z, int64_t first, int64_t count, int threads,
+                const Answer& out) {
+  IntScreen screen;
   screen.begin(book, threads);
   screen.pack(book, first, count, threads);
   if (!screen.fits() || !selective(book, screen, z)) return false;
@@ -253,16 +264,18 @@ void run(const Args& args) {
   if (N <= kFewRows) return search_directly(book, z, args.threads, out);
   prepare_book(book);
   int64_t first = 0;
-#ifdef VQFAST_VNNI
-  const int64_t run = Int8Screen::run_codes(book);
-  while (int8_pays(book.K, book.D) && first < book.K) {
+#ifdef VQFAST_INT_SCREEN
+  const int64_t run = IntScreen::run_codes(book);
+  while (int_pays(book.K, book.D) && first < book.K) {
     const int64_t count = std::min(run, book.K - first);
-    if (!search_int8(book, z, first, count, args.threads, out)) break;
+    if (!search_int(book, z, first, count, args.threads, out)) break;
     first += count;
   }
 #endif
   if (first < book.K) search_float(book, z, first, args.threads, out);
 }
+
+#undef VQFAST_INT_SCREEN
 
 }  // namespace
 
