@@ -141,6 +141,53 @@ def test_hard_data_on_the_reference(name):
             assert_exact(*HARD[name](33, 130, 12), metric)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("D", [1, 2, 3, 4])
+def test_cells_of_codes_on_every_isa(each_isa, D, metric):
+    # 2,048 codes and rows are the least for which codes are cut into cells
+    N, K = 2048 + 19, 2048 + 33
+    z, codebook = normal(1, N, D), normal(2, K, D)
+    uneven = codebook * 10.0 ** (torch.arange(K) % 9 - 4)[:, None]
+    sick, dead = z.clone(), codebook.clone()
+    sick[::97, 0], dead[::5, -1], dead[1::4] = float("nan"), float("inf"), codebook[:1]
+    for rows, codes in (
+        (z, codebook),
+        ((4 * z).round(), (2 * codebook).round()),
+        (z + 1e4, codebook + 1e4),
+        (100 * z, uneven),
+        (codebook[torch.arange(N) % K], codebook),
+        (sick, dead),
+        (z.half(), codebook.bfloat16()),
+    ):
+        assert_exact(rows, codes, metric)
+
+
+def test_cells_of_equal_or_bad_codes(each_isa):
+    z = normal(1, 2500, 2)
+    assert vqfast.nearest(z, torch.ones(4096, 2)).eq(0).all()
+    found, distance = vqfast.nearest(z, torch.full((4096, 2), torch.inf), return_distance=True)
+    assert found.eq(0).all() and distance.isnan().all()
+
+
+@pytest.mark.parametrize("D", [5, 8, 12])
+def test_many_codes_on_every_isa(each_isa, D):
+    # where int8 takes over from float32 at few dimensions
+    for name in ("near ties", "equal to codes", "shifted by 1e4", "norms 1e-6..1e18", "13 codes"):
+        assert_exact(*HARD[name](40, 4100, D))
+    z, codebook = normal(1, 40, D), normal(2, 4100, D)
+    for metric in METRICS:
+        assert_exact(z, codebook, metric)
+
+
+def test_codebook_of_several_integer_runs(each_isa):
+    # 32 MiB of packed codes are 1,024 of these; the last run repeats codes of the first
+    D, K = 32768 // 2, 3000
+    codebook = normal(3, K, D)
+    codebook[2900:] = codebook[:100]
+    ids = torch.tensor([5, 1023, 1024, 1025, 2047, 2048, 2899, 2950, 0])
+    assert vqfast.nearest(codebook[ids] + 1e-3, codebook).tolist() == [*ids[:-2].tolist(), 50, 0]
+
+
 def test_codebook_of_several_runs(each_isa):
     # more codes than are packed at once (65,536), with repeats of the early ones at the end
     codebook = normal(3, 66_000, 3)

@@ -4,8 +4,9 @@
 //   finite gives index 0 and score NaN; a code that is not finite never wins. Equal on every
 //   instruction set, thread count and split of the rows.
 // Numerics: three steps, each of which keeps every code that may win by a proved bound: a screen
-//   over all codes (int8 or int16, nearest_int.h, or float32, nearest_f32.h) leaves groups of V
-//   codes, a float32 score of these (nearest_rerank.h) leaves one or two codes, float64 decides.
+//   (int8 or int16, nearest_int.h; float32, nearest_f32.h; cells of codes, nearest_cells.h) leaves
+//   some groups of codes, a float32 score of these (nearest_rerank.h) one or two codes, float64
+//   decides.
 // Shape of the code: codes are packed on every call, as a cache keyed by address goes stale unseen.
 //   Codes equal to an earlier one are dropped, as a collapsed codebook would send all of them to
 //   float64. Rows are cut into blocks whose minima stay in the second-level cache; a block belongs
@@ -69,6 +70,7 @@ VQFAST_INLINE uint32_t at_most(VF a, VF b) {  // bit l: a[l] <= b[l]
 #include "nearest_book.h"
 #include "nearest_rerank.h"
 #include "nearest_f32.h"
+#include "nearest_cells.h"
 #if defined(VQFAST_VNNI) || VQFAST_LANES == 8
 #define VQFAST_INT_SCREEN 1
 #include "nearest_int.h"
@@ -104,7 +106,7 @@ struct Decision {
       x = unit.data();
     }
     shortlist.start(b, x);
-    each([&](int64_t begin, int64_t end) { shortlist.enter(begin, end); });
+    each(shortlist);
     Contest contest(b.codes, z.data(), scratch.data(), b.D, b.metric);
     shortlist.survivors([&](int64_t k) {
       if (all_finite(b.codes + k * b.D, b.D)) contest.enter(k);
@@ -164,9 +166,8 @@ struct Blocks {
     const bool whole = screen.count == book.K;
     each(n0, count, [&](int64_t r, const float* x) {
       double score;
-      const int64_t k = decision.best(book, x, norms[r], whole, &score, [&](auto&& enter) {
-        screen.flagged(rows, r, enter, [&] { return decision.shortlist.high(); });
-      });
+      const int64_t k = decision.best(book, x, norms[r], whole, &score,
+                                      [&](Shortlist& list) { screen.flagged(rows, r, list); });
       keep(out, n0 + r, k, score);
     });
   }
@@ -197,9 +198,9 @@ void search_directly(const Book& b, const View& z, int threads, const Answer& ou
         const float* x = values.data() + n * D;
         const double norm = row_norm(x, D, b.metric);
         if (norm < 0.0) continue;
-        code[p * N + n] =
-            decision.best(b, x, norm, parts == 1, &score[p * N + n],
-                          [&](auto&& enter) { enter(b.K * p / parts, b.K * (p + 1) / parts); });
+        code[p * N + n] = decision.best(
+            b, x, norm, parts == 1, &score[p * N + n],
+            [&](Shortlist& list) { list.enter(b.K * p / parts, b.K * (p + 1) / parts); });
       }
     }
   });
@@ -209,24 +210,28 @@ void search_directly(const Book& b, const View& z, int threads, const Answer& ou
 }
 
 #ifdef VQFAST_INT_SCREEN
+// Counts what a screen leaves.
+struct Tally {
+  int64_t codes = 0;
+  void enter(int64_t begin, int64_t end) { codes += std::max<int64_t>(0, end - begin); }
+  float high() const { return std::numeric_limits<float>::infinity(); }
+};
+
 // Whether the integer screen of these codes leaves few enough of them, by a sample of rows.
 bool selective(const Book& book, const IntScreen& screen, const View& z) {
   constexpr int64_t kSample = 16;
   const int64_t N = z.shape[0], rows = std::min(kSample, N);
   Blocks<IntScreen> blocks(book, screen, z, kSample);
-  int64_t left = 0, seen = 0;
+  Tally left;
+  int64_t seen = 0;
   for (int64_t j = 0; j < rows; j += IntScreen::kRowUnit) {
     blocks.each(j * (N - rows) / rows + j, std::min(IntScreen::kRowUnit, rows - j),
                 [&](int64_t r, const float*) {
                   ++seen;
-                  const auto count = [&](int64_t begin, int64_t end) {
-                    left += std::max<int64_t>(0, end - begin);
-                  };
-                  screen.flagged(blocks.rows, r, count,
-                                 [] { return std::numeric_limits<float>::infinity(); });
+                  screen.flagged(blocks.rows, r, left);
                 });
   }
-  return left * 16 <= std::max<int64_t>(1024, seen * screen.count);
+  return left.codes * 16 <= std::max<int64_t>(1024, seen * screen.count);
 }
 
 // false: these codes or rows are not for integers, and nothing was written
@@ -251,6 +256,21 @@ void search_float(Book& book, const View& z, int64_t first, int threads, const A
   }
 }
 
+void search_cells(Book& book, const View& z, int threads, const Answer& out) {
+  CellScreen screen;
+  screen.build(book, threads);
+  if (screen.cells > 0) search_run(book, screen, z, threads, out);
+}
+
+// Cutting the codes into cells costs what other screens take for some 256 rows and halving. It
+// saves half of 8,192 rows at D 4 and K 16,384, two thirds at D 5 and K 65,536, nothing at D 8 and
+// K 262,144 (Zen 5, 2026-11-25).
+bool cells_pay(const Book& b, int64_t N) {
+  const int halvings = std::ilogb(static_cast<double>(b.K)) - 5;
+  const bool few_dimensions = b.D <= 4 || (b.D <= CellScreen::kMaxD && b.K >= 65536);
+  return few_dimensions && b.metric != kDot && b.K >= 2048 && N >= 256 * halvings;
+}
+
 void run(const Args& args) {
   const View &z = args.t[0], &codebook = args.t[1];
   const int64_t N = z.shape[0];
@@ -263,6 +283,7 @@ void run(const Args& args) {
   open_book(codebook, static_cast<int>(args.s[0].i), args.threads, book);
   if (N <= kFewRows) return search_directly(book, z, args.threads, out);
   prepare_book(book);
+  if (cells_pay(book, N)) return search_cells(book, z, args.threads, out);
   int64_t first = 0;
 #ifdef VQFAST_INT_SCREEN
   const int64_t run = IntScreen::run_codes(book);

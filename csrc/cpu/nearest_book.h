@@ -143,3 +143,20 @@ void prepare_book(Book& b) {
     b.weight[i] = static_cast<int32_t>(state >> 33 | 1);
   }
 }
+
+// S, the power of two that brings the largest coordinate of a finite code, about the centre, near 1
+double frame_scale(const Book& b, int threads) {
+  if (b.metric == kCosine) return 1.0;
+  std::vector<float> reach(b.K, 0.0f);
+  parallel_for(threads, b.K, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const float* c = b.codes + k * b.D;
+      if (!all_finite(c, b.D)) continue;
+      for (int64_t i = 0; i < b.D; ++i) {
+        reach[k] = std::max(reach[k], std::fabs(c[i] * 0.5f - b.centre[i] * 0.5f));
+      }
+    }
+  });
+  const float top = *std::max_element(reach.begin(), reach.end());  // half of it, for no overflow
+  return top > 0.0f ? std::ldexp(0.5, -std::ilogb(top)) : 1.0;
+}

@@ -45,23 +45,26 @@ struct FloatScreen {
 
   int64_t tile_codes() const { return static_cast<int64_t>(kLanes) * V; }
 
-  // S from the largest coordinate of a finite code
   void begin(const Book& b, int threads) {
     book = &b;
-    scale = 1.0;
-    if (b.metric == kCosine) return;
-    std::vector<float> reach(b.K, 0.0f);
-    parallel_for(threads, b.K, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const float* c = b.codes + k * b.D;
-        if (!all_finite(c, b.D)) continue;
-        for (int64_t i = 0; i < b.D; ++i) {
-          reach[k] = std::max(reach[k], std::fabs(c[i] * 0.5f - b.centre[i] * 0.5f));
-        }
-      }
-    });
-    const float top = *std::max_element(reach.begin(), reach.end());
-    if (top > 0.0f) scale = std::ldexp(0.5, -std::ilogb(top));
+    scale = frame_scale(b, threads);
+  }
+
+  // The terms of E, where the largest |b|^2 is `square`; the last is that of a row. 2^-12 covers
+  // the rounding of these and of sums with them.
+  static float slope_of(int64_t D, double square) {
+    const double g = static_cast<double>(D + 16) * 0x1p-24;
+    return static_cast<float>(g * std::sqrt(square) * (1.0 + 0x1p-12) + 0x1p-110);
+  }
+  static float shift_of(int64_t D, double square) {
+    const double g = static_cast<double>(D + 16) * 0x1p-24;
+    const double h = static_cast<double>(D + 8) * 0x1p-52;
+    return static_cast<float>((g / 2 + h) * square * (1.0 + 0x1p-12) + 0x1p-110);
+  }
+  static float own_error(int64_t D, double length) {
+    const double d = static_cast<double>(D + 8);
+    return static_cast<float>(d * 0x1p-52 * length * length * (1.0 + 0x1p-12) +
+                              d * 0x1p-121 * (1.0 + length));
   }
 
   // Codes of a tile, and their slots: of each pair (or single vector) all lanes, so that stores
@@ -90,11 +93,8 @@ struct FloatScreen {
       half = b.metric == kDot ? 0.0f : static_cast<float>(square / 2);
       widest = square > widest ? square : widest;
     }
-    const double g = static_cast<double>(D + 16) * 0x1p-24;
-    const double h = static_cast<double>(D + 8) * 0x1p-52;
-    const double up = 1.0 + 0x1p-12;  // covers the rounding of these two and of sums with them
-    slope[t] = static_cast<float>(g * std::sqrt(widest) * up + 0x1p-110);
-    shift[t] = static_cast<float>((g / 2 + h) * widest * up + 0x1p-110);
+    slope[t] = slope_of(D, widest);
+    shift[t] = shift_of(D, widest);
   }
 
   void pack(Book& b, int64_t from, int64_t codes_of_run, int threads) {
@@ -237,29 +237,26 @@ struct FloatScreen {
 
   // every group whose least screened score reaches the bound; as a rule one, so that an upper bound
   // from the codes seen so far would not help
-  template <class F, class H>
-  void flagged(const Rows& w, int64_t r, F&& group, H&&) const {
+  template <class List>
+  void flagged(const Rows& w, int64_t r, List&& list) const {
     const float* minima = w.minima.data() + r * tiles * kLanes;
     const float length = w.length[r];
-    const bool all = length == std::numeric_limits<float>::infinity();
-    const double d = static_cast<double>(book->D + 8), A = length;
-    const float own =
-        all ? 0.0f
-            : static_cast<float>(d * 0x1p-52 * A * A * (1.0 + 0x1p-12) + d * 0x1p-121 * (1.0 + A));
+    if (length == std::numeric_limits<float>::infinity()) {
+      return list.enter(first, first + count);
+    }
+    const float own = own_error(book->D, length);
     VF best = broadcast(std::numeric_limits<float>::infinity());
-    if (!all) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const float e = length * slope[t] + shift[t] + own;
-        best = lesser(best, load(minima + t * kLanes) + e);
-      }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float e = length * slope[t] + shift[t] + own;
+      best = lesser(best, load(minima + t * kLanes) + e);
     }
     const float least = reduce_min(best);
     for (int64_t t = 0; t < tiles; ++t) {
-      const float e = all ? 0.0f : length * slope[t] + shift[t] + own;
-      uint32_t mask = at_most(load(minima + t * kLanes), broadcast(all ? least : least + e));
+      const float e = length * slope[t] + shift[t] + own;
+      uint32_t mask = at_most(load(minima + t * kLanes), broadcast(least + e));
       for (; mask; mask &= mask - 1) {
         const int64_t at = t * tile_codes() + static_cast<int64_t>(__builtin_ctz(mask)) * V;
-        group(first + at, first + std::min(count, at + V));
+        list.enter(first + at, first + std::min(count, at + V));
       }
     }
   }

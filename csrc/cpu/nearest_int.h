@@ -378,19 +378,17 @@ struct IntScreen {
   }
 
   // Groups that may hold the winner: the most promising one first, then, in ascending order, those
-  // that are left by `high()`, which bounds the least score64 of the codes seen so far.
-  template <class F, class H>
-  void flagged(Rows& w, int64_t r, F&& group, H&& high) const {
-    const bool all = w.length[r] == std::numeric_limits<float>::infinity();
+  // that are left by `list.high()`, which bounds the least score64 of the codes seen so far.
+  template <class List>
+  void flagged(Rows& w, int64_t r, List&& list) const {
+    if (w.length[r] == std::numeric_limits<float>::infinity()) {
+      return list.enter(first, first + count);
+    }
     const int32_t* minima = w.minima.data() + w.place[r] * stride();
     const VI offset = broadcast_int(w.offset[r]);
     const auto visit = [&](int32_t at) {
-      group(first + at, first + std::min<int64_t>(count, at + V));
+      list.enter(first + at, first + std::min<int64_t>(count, at + V));
     };
-    if (all) {
-      for (int64_t at = 0; at < count; at += V) visit(static_cast<int32_t>(at));
-      return;
-    }
     bounds(w, r);
     VF best = broadcast(std::numeric_limits<float>::infinity());
     const VF none = best;
@@ -414,7 +412,7 @@ struct IntScreen {
                                         [](auto& x, auto& y) { return x.lower < y.lower; });
     if (least == w.found.end()) return;
     visit(least->at);
-    const float left = upper_bound(w, r, high());
+    const float left = upper_bound(w, r, list.high());
     for (const Found& f : w.found) {
       if (f.at != least->at && f.lower <= left) visit(f.at);
     }

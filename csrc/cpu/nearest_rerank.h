@@ -37,11 +37,22 @@ class Shortlist {
 
   void enter(int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k += 4) {
+      int64_t codes[4];
       const int n = static_cast<int>(std::min<int64_t>(4, end - k));
-      if (book_->metric == kL2) {
-        score<true>(k, n);
-      } else {
-        score<false>(k, n);
+      for (int j = 0; j < 4; ++j) codes[j] = k + std::min(j, n - 1);
+      score(codes, n);
+    }
+  }
+  // the codes of a group; those below 0 are none
+  void enter(const int32_t* group, int size) {
+    int64_t codes[4];
+    int n = 0;
+    for (int j = 0; j < size; ++j) {
+      if (group[j] >= 0) codes[n++] = group[j];
+      if (n == 4 || (n > 0 && j + 1 == size)) {
+        for (int i = n; i < 4; ++i) codes[i] = codes[n - 1];
+        score(codes, n);
+        n = 0;
       }
     }
   }
@@ -63,11 +74,20 @@ class Shortlist {
     float low;
   };
 
+  // the first n of four codes
+  void score(const int64_t* codes, int n) {
+    if (book_->metric == kL2) {
+      score<true>(codes, n);
+    } else {
+      score<false>(codes, n);
+    }
+  }
+
   template <bool kDifferences>
-  void score(int64_t k, int n) {
+  void score(const int64_t* codes, int n) {
     const int64_t D = book_->D;
     const float* c[4];
-    for (int j = 0; j < 4; ++j) c[j] = book_->codes + (k + std::min(j, n - 1)) * D;
+    for (int j = 0; j < 4; ++j) c[j] = book_->codes + codes[j] * D;
     VF s[4] = {}, q[4] = {};  // differences: s alone; else z.c and c.c
     const auto add = [&](int64_t i, auto&& part) {
       const VF z = part(z_ + i);
@@ -90,8 +110,8 @@ class Shortlist {
       add(i, [&](const float* p) { return load_n(p, rest); });
     }
     for (int j = 0; j < n; ++j) {
-      if (!book_->skip.empty() && book_->skip[k + j]) continue;
-      judge(k + j, sum_lanes(s[j]), kDifferences ? 0.0f : sum_lanes(q[j]));
+      if (!book_->skip.empty() && book_->skip[codes[j]]) continue;
+      judge(codes[j], sum_lanes(s[j]), kDifferences ? 0.0f : sum_lanes(q[j]));
     }
   }
 
