@@ -1,6 +1,8 @@
 """Fixtures that every test file may use: seeds, backends, instruction sets."""
 
+import importlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +65,24 @@ def shared_data():
     if not os.path.isdir(folder):
         pytest.skip("../shared/data is absent")
     return os.path.abspath(folder)
+
+
+@pytest.fixture(scope="session")
+def foreign():
+    """foreign(module, name): what another library defines; skips where that is not installed."""
+    root = os.path.realpath(os.path.join(os.path.dirname(__file__), ".."))
+
+    def find(module, name):
+        path = sys.path[:]
+        # `python -m pytest` puts the root here; diffusers would take its kernels/ for a package
+        sys.path[:] = [p for p in path if os.path.realpath(p) != root]
+        try:
+            pytest.importorskip(module.partition(".")[0])
+            return getattr(importlib.import_module(module), name)
+        finally:
+            sys.path[:] = path
+
+    return find
 
 
 # ---- the command line on small random models

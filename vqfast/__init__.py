@@ -30,6 +30,7 @@ _HOME = {  # public name -> module that defines it
     "GPTConfig": "vqfast.models.gpt",
     "Engine": "vqfast.engine",
     "Pipeline": "vqfast.pipeline",
+    "accelerate": "vqfast.accelerate",
 }
 _MODULES = ("data", "losses", "metrics", "models", "nn", "ops", "testing", "train")
 

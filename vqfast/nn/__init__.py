@@ -1,5 +1,10 @@
 """Modules over the functional ops: quantizers, residual blocks, attention.
 
+`VectorQuantizer` takes the place of taming's `VectorQuantizer2`: arguments, state-dict key, methods
+and return structure. What differs: the perplexity is there, a wrong argument is a ValueError,
+unknown codes that become random ones are drawn in another order, and `get_codebook_entry` does not
+write into its argument. `vqfast.accelerate` keeps a foreign quantizer, all but its search.
+
 Names are resolved on first use, so that importing one module does not load the others.
 """
 

@@ -75,8 +75,8 @@ class VectorQuantizer(Quantizer):
                 must be None (or 1.0), False and False.
 
         Returns:
-            z_q [B, D, h, w] like z; loss []; (perplexity [], None, indices int64). The perplexity
-            counts the codes before `remap`.
+            z_q [B, D, h, w] like z, contiguous if z is; loss []; (perplexity [], None, indices
+            int64). taming returns None for the perplexity. It counts the codes before `remap`.
 
         Raises:
             TypeError, ValueError: z is not [B, e_dim, h, w] floating point, or a Gumbel argument is
@@ -99,4 +99,7 @@ class VectorQuantizer(Quantizer):
             indices = self.remap_to_used(indices)
         if not self.sane_index_shape:
             indices = indices.reshape(-1) if self.remap is None else indices.reshape(-1, 1)
-        return q.z_q.movedim(-1, 1).to(z.dtype), q.loss, (spread, None, indices)
+        z_q = q.z_q.movedim(-1, 1).to(z.dtype)
+        if z.is_contiguous():  # callers of taming's class may use .view
+            z_q = z_q.contiguous()
+        return z_q, q.loss, (spread, None, indices)
