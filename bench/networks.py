@@ -203,7 +203,7 @@ def run(
             say(f"timing {case.measure} {case.id} {dtype}")
             ours = {"vqfast": _ours(case, dtype, inputs, options.device)}
             told = Told(case.id, dtype, options.device)
-            peers, missing = baselines.runners(case.measure, told, inputs)
+            peers, missing = baselines.runners(case.measure, told, inputs, options.device)
             times = race(
                 {**ours, **peers},
                 device=options.device,

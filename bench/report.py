@@ -32,6 +32,8 @@ class Row(NamedTuple):
     roofline: float | None = None  # part of the measured ceiling, 1 = on it
     ratios: Mapping[str, float] = {}
     note: str = ""
+    extra_mib: float | None = None  # peak memory of one call beyond what was there
+    misses: Mapping[str, float] = {}  # a search: part of the rows that miss, by kind of data
 
 
 def rows_of(
@@ -62,11 +64,16 @@ def rows_of(
     return rows
 
 
-_HEAD = ("case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "ours is")
+_HEAD = (
+    "case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "+MiB",
+    "misses", "ours is",
+)  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned text, one block per measure. `ours is`: times faster than each opponent."""
+    """Aligned text, one block per measure. `ours is`: times faster than each opponent; `misses`:
+    rows of a search whose code is not the nearest, by kind of data.
+    """
     lines: list[str] = []
     for measure in dict.fromkeys(r.measure for r in rows):
         cells = [_HEAD]
@@ -95,6 +102,8 @@ def _cells(r: Row) -> tuple[str, ...]:
         figure(r.gb_s, ".3g"),
         figure(r.gflop_s, ".4g"),
         figure(None if r.roofline is None else 100 * r.roofline, ".0f"),
+        figure(r.extra_mib, ".1f"),
+        ", ".join(f"{kind} {100 * x:.2g} %" for kind, x in r.misses.items()),
         "; ".join(x for x in (ratios, r.note) if x),
     )
 

@@ -84,10 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     except (micro.RefusedError, against.BaseError) as error:
         failure = str(error)
         say(f"bench: REFUSED {failure}")
-    for name, why in absent.items():
-        print(f"absent: {name}: {why}", file=shown)
+    for why in dict.fromkeys(absent.values()):
+        names = ", ".join(name for name, reason in absent.items() if reason == why)
+        print(f"absent: {names}: {why}", file=shown)
     gate = "UNVERIFIED" if args.no_gate else "REFUSED" if failure else "passed"
-    line = report.record(rows, where, _versions(rows), gate)
+    line = report.record(rows, where, _versions(rows, args.device), gate)
     if args.base:
         line["base"] = report.commit(f"{args.base}^{{commit}}")
     if args.plot:
@@ -125,12 +126,12 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
     return micro.run(options, say)
 
 
-def _versions(rows: list[report.Row]) -> dict[str, str]:
+def _versions(rows: list[report.Row], device: str) -> dict[str, str]:
     """What each opponent in the rows was."""
     names = {r.contestant for r in rows if not r.ours}
     found = {}
     for measure in {r.measure for r in rows}:
-        for name, module in baselines.opponents(measure)[0].items():
+        for name, module in baselines.opponents(measure, device)[0].items():
             if name in names:
                 found[name] = module.version()
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vqfast
 from vqfast.testing import check
 from vqfast.testing.cases import cases
 from vqfast.testing.timing import summary
@@ -28,13 +29,72 @@ def test_every_opponent_is_found_by_its_file_and_says_what_it_measures(bench):
     files = {p.stem for p in (BENCH / "baselines").glob("*.py")} - {"__init__"}
     found = set()
     for measure in ("nearest", "quantize", "causal_attention", "group_norm_silu", "sample_logits"):
-        present, absent = baselines.opponents(measure)
+        present, absent = baselines.opponents(measure, "cpu")
         found |= set(present) | set(absent)
         assert {"torch_cdist", "chunked_addmm"} <= set(present) or measure != "nearest"
     for measure in ("encode", "decode", "generate", "train_tokenizer", "train_transformer"):
-        present, absent = baselines.opponents(measure)
+        present, absent = baselines.opponents(measure, "cpu")
         found |= set(present) | set(absent)
     assert found == files
+
+
+def test_opponents_that_need_a_gpu_are_not_imported_without_one(bench):
+    import baselines
+
+    present, absent = baselines.opponents("nearest", "cpu")
+    for name in ("flash_kmeans", "faiss_gpu", "cuvs_brute_force", "torch_tf32", "torch_compile"):
+        assert absent[name] == "needs cuda"
+    assert not {"flash_kmeans", "cuvs"} & set(sys.modules)
+    present, absent = baselines.opponents("nearest", "cuda:0")
+    assert absent["sklearn"] == "needs cpu" and "torch_tf32" in present
+
+
+def test_an_opponent_that_fails_is_missing_and_the_others_run(bench, monkeypatch):
+    import baselines
+    from baselines import torch_cdist
+
+    def fails(measure, case, inputs):
+        def run():
+            raise RuntimeError("no kernel image\nmore")
+
+        return run
+
+    monkeypatch.setattr(torch_cdist, "make", fails)
+    inputs = (torch.randn(5, 3), torch.randn(7, 3), 0)
+    ready, missing = baselines.runners("nearest", None, inputs, "cpu")
+    assert missing["torch_cdist"] == "fails: RuntimeError: no kernel image"
+    assert "chunked_addmm" in ready
+
+
+def test_misses_are_counted_by_the_float64_rule(bench):
+    import baselines
+    import exactness
+
+    case = next(c for c in cases("nearest", "bench") if c.id == "vqgan_f16_16384_one_image")
+    z, codebook, metric = exactness.inputs("taming", case, torch.float32, "cpu")
+    assert float(codebook.abs().max()) <= 1 / case["K"] and metric == 0
+    judge, right = exactness.Judge(z, codebook), vqfast.nearest(z, codebook)
+    assert judge.miss_rate(right) == 0
+    off = right.clone()
+    off[:30] = (off[:30] + 1) % len(codebook)
+    off[30] = len(codebook)  # outside
+    assert judge.miss_rate(off) == pytest.approx(31 / len(z))
+    textbook = baselines.runner("taming_formula", "nearest", None, (z, codebook, 0))()
+    assert 0 < judge.miss_rate(textbook) < 0.5
+    assert judge.miss_rate(right.int()) == 0
+
+
+@pytest.mark.slow
+def test_memory_of_a_call_is_what_the_call_allocates(bench):
+    import memory
+
+    block = 64 << 20
+    assert 63 < memory.resident_extra_mib(lambda: torch.ones(block // 4)) < 80
+    assert memory.resident_extra_mib(lambda: None) < 4
+    whole = memory.extra_mib("nearest", "ldm_f4", "fp32", "torch_cdist", "cpu", lambda: None)
+    ours = memory.extra_mib("nearest", "ldm_f4", "fp32", "vqfast cpu", "cpu", lambda: None)
+    assert whole > 400 and 0 <= ours < 100, (whole, ours)
+    assert memory.extra_mib("nearest", "ldm_f4", "fp32", "nobody", "cpu", lambda: None) is None
 
 
 @pytest.mark.slow
@@ -45,7 +105,7 @@ def test_missing_opponent_is_listed_with_its_reason(bench, monkeypatch):
         if name.split(".")[0] == "faiss":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    present, absent = baselines.opponents("nearest")
+    present, absent = baselines.opponents("nearest", "cpu")
     assert "faiss_cpu" not in present and "faiss" in absent["faiss_cpu"]
 
 
@@ -56,11 +116,11 @@ def test_opponents_of_the_search_give_the_nearest_codes(bench):
     codebook = torch.randn(40, 6, generator=g)
     want = torch.randint(40, (64,), generator=g)
     z = codebook[want] + 1e-3 * torch.randn(64, 6, generator=g)
-    runs, _ = baselines.runners("nearest", None, (z, codebook, 0))
+    runs, _ = baselines.runners("nearest", None, (z, codebook, 0), "cpu")
     assert len(runs) >= 3
     for name, run in runs.items():
         assert torch.equal(run().reshape(-1), want), name
-    _, refused = baselines.runners("nearest", None, (z, codebook, 2))
+    _, refused = baselines.runners("nearest", None, (z, codebook, 2), "cpu")
     assert set(runs) <= set(refused)
 
 
@@ -77,7 +137,7 @@ def test_opponents_of_the_other_ops_agree_with_the_references(bench):
         inputs = measure.inputs(case, torch.float32, "cpu")
         want = _dispatch.OPS[measure.name].reference(*inputs)
         want = want if isinstance(want, tuple) else (want,)
-        for name, run in baselines.runners(measure.name, case, inputs)[0].items():
+        for name, run in baselines.runners(measure.name, case, inputs, "cpu")[0].items():
             got = run()
             got = got if isinstance(got, (tuple, list)) else (got,)
             for a, b in zip(got, want, strict=False):
@@ -113,6 +173,9 @@ def test_table_has_ratios_and_hides_empty_columns(bench):
     assert ours.gflop_s == pytest.approx(2 / 0.011) and not peer.ratios
     text = report.table(rows)
     assert "3.00x peer" in text and "% roof" not in text and "GB/s" in text
+    search = [ours._replace(misses={"gaussian": 0.0, "taming": 0.0125}, extra_mib=3.25), peer]
+    text = report.table(search)
+    assert "gaussian 0 %, taming 1.2 %" in text and "+MiB" in text and "3.2" in text
     line = report.record(rows, {"device": "x"}, {}, "passed")
     assert json.loads(json.dumps(line))["rows"][0]["ratios"]["peer"] == pytest.approx(3)
 
