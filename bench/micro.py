@@ -189,8 +189,10 @@ class Contest(NamedTuple):
                 found.setdefault(name, {})[kind] = judge.miss_rate(index)
         return found
 
-    def rows(self, options: Options, say: Callable[[str], None]) -> tuple[list[Row], dict, dict]:
-        """Times, and for a search exactness and memory; cost by (measure, case); who is missing."""
+    def rows(
+        self, options: Options, say: Callable[[str], None]
+    ) -> tuple[list[Row], dict[str, str]]:
+        """Times, and for a search exactness and memory; and who is missing."""
         measure, case, dtype = self.measure, self.case, self.dtype
         inputs = measure.inputs(case, DTYPES[dtype], self.device)
         mine, peers, missing = self.sides(inputs)
@@ -209,11 +211,11 @@ class Contest(NamedTuple):
                 r._replace(misses=misses.get(r.contestant, {}), extra_mib=extra[r.contestant])
                 for r in rows
             ]
-        return rows, {(measure.name, case.id): cost} if cost else {}, missing
+        return rows, missing
 
 
-def run(options: Options, say: Callable[[str], None]) -> Iterator[tuple[list[Row], dict, dict]]:
-    """Rows of each case as they are measured, with cost by (measure, case) and reasons of absence.
+def run(options: Options, say: Callable[[str], None]) -> Iterator[tuple[list[Row], dict[str, str]]]:
+    """Rows of each case as they are measured, and why opponents are missing.
 
     Raises:
         ValueError: unknown op or case. RefusedError: at the end, if checks failed.

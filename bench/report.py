@@ -126,9 +126,15 @@ def commit(ref: str = "HEAD") -> str:
 
 
 def record(
-    rows: list[Row], environment: Mapping[str, Any], peers: Mapping[str, str], gate: str
+    rows: list[Row],
+    environment: Mapping[str, Any],
+    peers: Mapping[str, str],
+    gate: str,
+    ceilings: Mapping[str, Any] | None = None,
 ) -> dict:
-    """What the last line and the ledger hold: figures with all that is needed to believe them."""
+    """What the last line and the ledger hold: figures with all that is needed to believe them.
+    `ceilings`: the measured roofline of each dtype.
+    """
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -136,6 +142,7 @@ def record(
         "gate": gate,
         "environment": dict(environment),
         "peers": dict(peers),
+        "ceilings": {k: c._asdict() for k, c in (ceilings or {}).items()},
         "rows": [{k: v for k, v in r._asdict().items() if v not in (None, "", {})} for r in rows],
     }
 
@@ -147,49 +154,3 @@ def append(suite: str, line: dict) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     return path
-
-
-def plot(rows: list[Row], ceiling: Any, cost: Mapping[tuple[str, str], Any], path: Path) -> None:
-    """A PNG: left the roofline with every contestant, right how many times faster ours is."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    bars = [
-        (f"{r.measure} {r.case} {r.dtype}\n{r.contestant} vs {peer}", x)
-        for r in rows
-        for peer, x in r.ratios.items()
-    ]
-    height = max(4.0, 0.42 * len(bars))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), constrained_layout=True)
-    if ceiling is not None:
-        _draw_roofline(left, rows, ceiling, cost)
-    else:
-        left.axis("off")
-    right.barh([b[0] for b in bars][::-1], [b[1] for b in bars][::-1], color="#4477aa")
-    right.axvline(1, color="black", linewidth=1)
-    right.set_xscale("log")
-    right.set_xlabel("times faster than the opponent, same machine, interleaved")
-    right.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_roofline(axes: Any, rows: list[Row], ceiling: Any, cost: Mapping) -> None:
-    at = [2.0**e for e in range(-3, 13)]
-    axes.loglog(at, [min(ceiling.gemm, x * ceiling.read) / 1e9 for x in at], "k-", label="measured")
-    opponents = "opponents"
-    for r in rows:
-        if r.gflop_s is None or (r.measure, r.case) not in cost:
-            continue
-        moved, flops = cost[r.measure, r.case]
-        if r.ours:
-            label = f"{r.measure} {r.case} {r.dtype} {r.contestant}"
-            axes.loglog(flops / moved, r.gflop_s, "o", label=label)
-        else:
-            axes.loglog(flops / moved, r.gflop_s, "x", color="grey", label=opponents)
-            opponents = "_nolegend_"
-    axes.set_xlabel("flops per byte")
-    axes.set_ylabel("GFLOP/s")
-    axes.legend(fontsize=7)

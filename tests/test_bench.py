@@ -1,6 +1,7 @@
 """The bench's own rules: opponents by file name, the gate, the table and the last line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,64 @@ def test_run_prints_a_table_and_one_json_object_last(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
     bad = subprocess.run([*start, "paint"], capture_output=True, text=True)
     assert bad.returncode == 2 and "nearest" in bad.stderr
+
+
+def _line(time, device="x", **rows):
+    """A ledger line: case=(p50 of ours, p50 of the peer)."""
+    made = []
+    for case, (mine, theirs) in rows.items():
+        row = {"measure": "nearest", "case": case, "dtype": "fp32", "gb_s": 0.1, "p20": 1, "p80": 1}
+        ratios = {"peer": theirs / mine}
+        figures = {"ours": True, "p50": mine, "gflop_s": 9 / mine, "ratios": ratios}
+        made.append({**row, "contestant": "vqfast cpu", **figures})
+        figures = {"ours": False, "p50": theirs, "gflop_s": 9 / theirs, "misses": {"taming": 0.1}}
+        made.append({**row, "contestant": "peer", **figures})
+    where = {"device": device, "threads": 1, "torch": "2"}
+    ceilings = {"fp32": {"read": 1e10, "gemm": 1e11}}
+    line = {"time": time, "commit": "abc", "environment": where, "rows": made}
+    return {**line, "ceilings": ceilings}
+
+
+def test_picture_takes_the_newest_race_of_each_case_on_one_device(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    import picture
+
+    ledger = [_line("1", a=(1, 2), b=(1, 3)), _line("2", "y", a=(1, 9)), _line("3", b=(1, 5))]
+    record = picture.newest(ledger)
+    ratios = {r["case"]: r["ratios"]["peer"] for r in record["rows"] if r["ours"]}
+    assert ratios == {"a": 2, "b": 5} and len(record["rows"]) == 4
+    picture.draw(record, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no row"):
+        picture.draw({**record, "rows": []}, tmp_path / "b.png")
+    with pytest.raises(ValueError, match="no line"):
+        picture.newest([])
+
+
+def test_gpu_script_carries_on_after_a_failure_and_collects_everything(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(
+        """#!/usr/bin/env bash
+case "$*" in
+  *is_available*) exit 0 ;;
+  *vqfast\\ check*) echo '{"failed": 1}'; exit 3 ;;
+  *bench/run.py*) echo "a table"; echo '{"rows": []}' ;;
+esac
+"""
+    )
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    stages = ["check", "compile", "bench_nearest", "bench_model", "picture"]
+    command = ["bash", BENCH / "gpu.sh", out, *stages]
+    env = {**os.environ, "PYTHON": str(fake)}
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    summary = (out / "summary.txt").read_text()
+    assert "failed (exit 3)" in summary and "1 of 5 stages failed" in summary
+    assert (out / "check_cuda.json").read_text() == '{"failed": 1}\n'
+    assert (out / "bench.jsonl").read_text() == '{"rows": []}\n' * 2
+    packed = subprocess.run(["tar", "tzf", out / "logs.tar.gz"], capture_output=True, text=True)
+    assert {"./summary.txt", "./compile.log", "./check.log"} <= set(packed.stdout.split())
+    fake.write_text("#!/usr/bin/env bash\nexit 2\n")
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 2 and "no GPU" in run.stderr
