@@ -16,6 +16,7 @@ _COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#775511", "#ee8866",
     "#44bb99", "#999933", "#332288", "#882255",
 )  # fmt: skip
+_STYLES = ("-", "--", ":")  # of the ceilings by dtype
 _MARKERS = "sD^vPX<>hdp8"
 _OURS = "black"
 _ROW_INCHES = 0.3
@@ -74,7 +75,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         _roofline(at.pop(0), points, record.get("ceilings", {}), looks, numbers)
     if ours:
         _ratios(at.pop(0), ours, rows, looks)
-    _legend(figure, rows, looks)
+    _legend(figure, rows, looks, record.get("ceilings", {}) if points else {})
     where = record["environment"]
     threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1)
     figure.suptitle(
@@ -104,16 +105,11 @@ def _roofline(
     """GFLOP/s over flops per byte; a line for each dtype whose ceilings were measured."""
     intensity = [r["gflop_s"] / r["gb_s"] for r in rows]
     low, high = min(intensity) / 3, max(intensity) * 3
-    for style, (dtype, top) in zip(("-", "--", ":"), sorted(ceilings.items()), strict=False):
+    for style, (_, top) in zip(_STYLES, sorted(ceilings.items()), strict=False):
         knee = top["gemm"] / top["read"]
         x = sorted({low, min(max(knee, low), high), high})
         y = [min(top["gemm"], i * top["read"]) / 1e9 for i in x]
         axes.plot(x, y, color="0.3", linestyle=style, linewidth=1.2, zorder=1)
-        label = f"{dtype}: {top['gemm'] / 1e9:.0f} GFLOP/s, {top['read'] / 1e9:.0f} GB/s"
-        axes.annotate(
-            label, (high, y[-1]), xytext=(-4, 4), textcoords="offset points", ha="right",
-            fontsize=8, color="0.3",
-        )  # fmt: skip
     for i, r in zip(intensity, rows, strict=True):
         colour, marker = (_OURS, "*") if r["ours"] else looks[r["contestant"]]
         axes.plot(
@@ -182,7 +178,7 @@ def _plain_ticks(axis: Any, low: float, high: float) -> None:
     axis.set_ticks([], minor=True)
 
 
-def _legend(figure: Any, rows: list[dict], looks: Mapping) -> None:
+def _legend(figure: Any, rows: list[dict], looks: Mapping, ceilings: Mapping) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], marker="*", color=_OURS, markersize=11, linestyle="none")]
@@ -194,6 +190,9 @@ def _legend(figure: Any, rows: list[dict], looks: Mapping) -> None:
         hollow = {"marker": "o", "color": "0.3", "markerfacecolor": "none", "linestyle": "none"}
         handles.append(Line2D([], [], **hollow))
         names.append("hollow: misses some nearest codes")
+    for style, (dtype, top) in zip(_STYLES, sorted(ceilings.items()), strict=False):
+        handles.append(Line2D([], [], color="0.3", linestyle=style, linewidth=1.2))
+        names.append(f"{dtype}: {top['gemm'] / 1e9:.0f} GFLOP/s, {top['read'] / 1e9:.0f} GB/s")
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
