@@ -81,7 +81,7 @@ class _Side:
 
 def run(
     ref: str, options: micro.Options, say: Callable[[str], None]
-) -> Iterator[tuple[list[Row], dict, dict]]:
+) -> Iterator[tuple[list[Row], dict[str, str]]]:
     """As micro.run, with `ref` as the only opponent. The gate checks this commit."""
     import torch
 
@@ -113,7 +113,7 @@ def run(
                 names = {"vqfast": f"vqfast {backend}"}
                 named = {names.get(n, n): t for n, t in times.items()}
                 ours = {f"vqfast {backend}"}
-                yield rows_of(measure.name, case.id, dtype, named, ours, cost), {}, {}
+                yield rows_of(measure.name, case.id, dtype, named, ours, cost), {}
     if gate.refused:
         raise micro.RefusedError("; ".join(f"{k}: {v}" for k, v in gate.refused.items()))
 

@@ -1,13 +1,16 @@
 """The micro suite: one op, one shape, our backends against the opponents, in interleaved rounds.
 
 A contestant of ours is measured only after the op's checks have passed on its backend (the gate).
-Every opponent's answers on a search are counted against ours: how many rows miss the nearest code.
+Every contestant of a search, ours too, is judged by the float64 rule (exactness.py), and the memory
+of one call is measured (memory.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import baselines
+import exactness
+import memory
 import roofline
 import torch
 from report import Row, rows_of
@@ -38,9 +41,9 @@ class Options(NamedTuple):
     backend: str | None
     dtypes: tuple[str, ...]
     device: str
-    rounds: int
-    budget_s: float
-    gate: bool
+    rounds: int = 7
+    budget_s: float = 20.0
+    gate: bool = True
 
 
 def measures(op: str | None) -> list[Measure]:
@@ -142,23 +145,80 @@ class Gate:
         return self._rows[op]
 
 
-def _misses(measure: Measure, inputs: tuple, run: Callable[[], Any]) -> str:
-    """For a search: the part of the rows whose answer is not the exact one, on a sample."""
-    if measure.name != "nearest":
-        return ""
-    z, codebook, metric = inputs
-    rows = max(1, min(len(z), 2**24 // len(codebook)))
-    with torch.no_grad(), vqfast.backend("reference"):
-        exact = _dispatch.OPS["nearest"](z[:rows], codebook, metric)[0]
-    wrong = (run()[:rows].to(exact.device) != exact).float().mean().item()
-    return f"misses {wrong:.2%} of {rows} rows" if wrong else "no miss"
+def ours(measure: Measure, inputs: tuple, names: list[str]) -> dict[str, Callable[[], Any]]:
+    """Our contestants on some backends, ready to run.
+
+    A second way to call the search, as against a codebook that was prepared before the clock
+    starts, is one more entry here. The opponents prepare theirs outside of the clock in any case.
+    """
+    return {f"vqfast {name}": runner(measure, name, inputs) for name in names}
 
 
-def run(options: Options, say: Callable[[str], None]) -> Iterator[tuple[list[Row], dict, dict]]:
-    """Rows of each case as they are measured, with cost by (measure, case) and reasons of absence.
+def contestant(name: str, measure: Measure, case: Case, inputs: tuple) -> Callable[[], Any]:
+    """One of `ours` or an opponent, by its name."""
+    if name in baselines.files():
+        return baselines.runner(name, measure.name, case, inputs)
+    able = [b for b in _dispatch.BACKENDS if backends(measure, inputs, b)]
+    return ours(measure, inputs, able)[name]
+
+
+class Contest(NamedTuple):
+    """One measure on one case, and our backends that take part."""
+
+    measure: Measure
+    case: Case
+    dtype: str
+    device: str
+    backends: list[str]
+
+    def sides(self, inputs: tuple) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+        """Ours and the opponents by name, ready to run, and why others are missing."""
+        peers, missing = baselines.runners(self.measure.name, self.case, inputs, self.device)
+        return ours(self.measure, inputs, self.backends), peers, missing
+
+    def misses(self) -> dict[str, dict[str, float]]:
+        """name -> kind of data -> part of the rows whose code is not the nearest."""
+        found: dict[str, dict[str, float]] = {}
+        for kind in exactness.KINDS:
+            inputs = exactness.inputs(kind, self.case, DTYPES[self.dtype], self.device)
+            judge = exactness.Judge(*inputs[:2])
+            mine, peers, _ = self.sides(inputs)
+            for name, run in {**mine, **peers}.items():
+                answer = run()
+                index = answer if isinstance(answer, torch.Tensor) else answer[0]
+                found.setdefault(name, {})[kind] = judge.miss_rate(index)
+        return found
+
+    def rows(
+        self, options: Options, say: Callable[[str], None]
+    ) -> tuple[list[Row], dict[str, str]]:
+        """Times, and for a search exactness and memory; and who is missing."""
+        measure, case, dtype = self.measure, self.case, self.dtype
+        inputs = measure.inputs(case, DTYPES[dtype], self.device)
+        mine, peers, missing = self.sides(inputs)
+        say(f"timing {measure.name} {case.id} {dtype}")
+        limits = {"rounds": options.rounds, "budget_s": options.budget_s}
+        times = race({**mine, **peers}, device=self.device, **limits)
+        notes = {} if options.gate else dict.fromkeys(mine, "UNVERIFIED")
+        cost, ceiling = cost_of(measure, case, dtype), roofline.measure(self.device, DTYPES[dtype])
+        key = (measure.name, case.id, dtype)
+        rows = rows_of(*key, times, set(mine), cost, ceiling, notes)
+        if measure.name == "nearest":
+            say(f"judging {case.id} {dtype}, and the memory of a call")
+            misses, runs = self.misses(), {**mine, **peers}
+            extra = {n: memory.extra_mib(*key, n, self.device, run) for n, run in runs.items()}
+            rows = [
+                r._replace(misses=misses.get(r.contestant, {}), extra_mib=extra[r.contestant])
+                for r in rows
+            ]
+        return rows, missing
+
+
+def run(options: Options, say: Callable[[str], None]) -> Iterator[tuple[list[Row], dict[str, str]]]:
+    """Rows of each case as they are measured, and why opponents are missing.
 
     Raises:
-        ValueError: unknown op or case.
+        ValueError: unknown op or case. RefusedError: at the end, if checks failed.
     """
     gate = Gate(options.device, options.gate, say)
     todo = list(chosen(options))
@@ -167,28 +227,9 @@ def run(options: Options, say: Callable[[str], None]) -> Iterator[tuple[list[Row
     for measure, case, dtype in todo:
         inputs = measure.inputs(case, DTYPES[dtype], options.device)
         able = backends(measure, inputs, options.backend)
-        ours = {
-            f"vqfast {name}": runner(measure, name, inputs)
-            for name in able
-            if gate.passes(measure.op, name)
-        }
-        peers, missing = baselines.runners(measure.name, case, inputs)
-        if ours:
-            say(f"timing {measure.name} {case.id} {dtype}")
-            times = race(
-                {**ours, **peers},
-                device=options.device,
-                rounds=options.rounds,
-                budget_s=options.budget_s,
-            )
-            cost = cost_of(measure, case, dtype)
-            ceiling = roofline.measure(options.device, DTYPES[dtype])
-            notes = {name: _misses(measure, inputs, peer) for name, peer in peers.items()}
-            if not options.gate:
-                notes |= dict.fromkeys(ours, "UNVERIFIED")
-            names = set(ours)
-            rows = rows_of(measure.name, case.id, dtype, times, names, cost, ceiling, notes)
-            yield rows, {(measure.name, case.id): cost} if cost else {}, missing
+        passing = [name for name in able if gate.passes(measure.op, name)]
+        if passing:
+            yield Contest(measure, case, dtype, options.device, passing).rows(options, say)
     if gate.refused:
         text = "; ".join(f"{k}: {v}" for k, v in gate.refused.items())
         raise RefusedError(text)

@@ -17,7 +17,7 @@ import torch
 from micro import DTYPES, Gate, Options, RefusedError
 from report import Row, rows_of
 
-from vqfast import GPT, VQGAN, Engine, GPTConfig, VQGANConfig, _dispatch, _native, ops
+from vqfast import GPT, VQGAN, Engine, GPTConfig, VQGANConfig, _dispatch, ops
 from vqfast.testing.timing import race
 from vqfast.train.distributed import World
 from vqfast.train.tokenizer import TokenizerConfig, TokenizerStage
@@ -174,19 +174,20 @@ def _work(case: Case, inputs: tuple) -> str:
     return f"batch {len(inputs[1])}"
 
 
-def _gate(gate: Gate, measure: str) -> None:
-    """RefusedError unless the checks of all its ops pass on the native backend."""
-    backend = "cpu" if _native.load() is not None else "reference"
+def _gate(gate: Gate, measure: str, device: str) -> None:
+    """RefusedError unless the checks of all its ops pass on every native backend of the device."""
     known = ops.load_all()
+    native = ("cuda", "triton") if device.startswith("cuda") else ("cpu",)
     for op in _OPS[measure]:
-        if op in known and op in _dispatch.OPS and not gate.passes(op, backend, part=True):
-            raise RefusedError("; ".join(f"{k}: {v}" for k, v in gate.refused.items()))
+        for backend in native:
+            if op in known and op in _dispatch.OPS and not gate.passes(op, backend, part=True):
+                raise RefusedError("; ".join(f"{k}: {v}" for k, v in gate.refused.items()))
 
 
 def run(
     suite: str, options: Options, say: Callable[[str], None]
-) -> Iterator[tuple[list[Row], dict, dict]]:
-    """As micro.run: rows, no cost, reasons of absence.
+) -> Iterator[tuple[list[Row], dict[str, str]]]:
+    """As micro.run.
 
     Raises:
         ValueError: unknown case. RefusedError: an op's checks fail.
@@ -197,13 +198,13 @@ def run(
         known = ", ".join(dict.fromkeys(c.id for c in cases(suite)))
         raise ValueError(f"--case must be one of {known}, got {options.case!r}")
     for case in todo:
-        _gate(gate, case.measure)
+        _gate(gate, case.measure, options.device)
         inputs = case.inputs()
         for dtype in options.dtypes:
             say(f"timing {case.measure} {case.id} {dtype}")
             ours = {"vqfast": _ours(case, dtype, inputs, options.device)}
             told = Told(case.id, dtype, options.device)
-            peers, missing = baselines.runners(case.measure, told, inputs)
+            peers, missing = baselines.runners(case.measure, told, inputs, options.device)
             times = race(
                 {**ours, **peers},
                 device=options.device,
@@ -214,4 +215,4 @@ def run(
             notes = {name: getattr(peer, "note", "") for name, peer in peers.items()}
             notes["vqfast"] = _work(case, inputs) + ("" if options.gate else ", UNVERIFIED")
             key = (case.measure, case.id, dtype)
-            yield rows_of(*key, times, {"vqfast"}, None, None, notes), {}, missing
+            yield rows_of(*key, times, {"vqfast"}, None, None, notes), missing

@@ -32,6 +32,8 @@ class Row(NamedTuple):
     roofline: float | None = None  # part of the measured ceiling, 1 = on it
     ratios: Mapping[str, float] = {}
     note: str = ""
+    extra_mib: float | None = None  # peak memory of one call beyond what was there
+    misses: Mapping[str, float] = {}  # a search: part of the rows that miss, by kind of data
 
 
 def rows_of(
@@ -62,11 +64,16 @@ def rows_of(
     return rows
 
 
-_HEAD = ("case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "ours is")
+_HEAD = (
+    "case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "+MiB",
+    "misses", "ours is",
+)  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned text, one block per measure. `ours is`: times faster than each opponent."""
+    """Aligned text, one block per measure. `ours is`: times faster than each opponent; `misses`:
+    rows of a search whose code is not the nearest, by kind of data.
+    """
     lines: list[str] = []
     for measure in dict.fromkeys(r.measure for r in rows):
         cells = [_HEAD]
@@ -95,6 +102,8 @@ def _cells(r: Row) -> tuple[str, ...]:
         figure(r.gb_s, ".3g"),
         figure(r.gflop_s, ".4g"),
         figure(None if r.roofline is None else 100 * r.roofline, ".0f"),
+        figure(r.extra_mib, ".1f"),
+        ", ".join(f"{kind} {100 * x:.2g} %" for kind, x in r.misses.items()),
         "; ".join(x for x in (ratios, r.note) if x),
     )
 
@@ -117,9 +126,15 @@ def commit(ref: str = "HEAD") -> str:
 
 
 def record(
-    rows: list[Row], environment: Mapping[str, Any], peers: Mapping[str, str], gate: str
+    rows: list[Row],
+    environment: Mapping[str, Any],
+    peers: Mapping[str, str],
+    gate: str,
+    ceilings: Mapping[str, Any] | None = None,
 ) -> dict:
-    """What the last line and the ledger hold: figures with all that is needed to believe them."""
+    """What the last line and the ledger hold: figures with all that is needed to believe them.
+    `ceilings`: the measured roofline of each dtype.
+    """
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -127,6 +142,7 @@ def record(
         "gate": gate,
         "environment": dict(environment),
         "peers": dict(peers),
+        "ceilings": {k: c._asdict() for k, c in (ceilings or {}).items()},
         "rows": [{k: v for k, v in r._asdict().items() if v not in (None, "", {})} for r in rows],
     }
 
@@ -138,49 +154,3 @@ def append(suite: str, line: dict) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     return path
-
-
-def plot(rows: list[Row], ceiling: Any, cost: Mapping[tuple[str, str], Any], path: Path) -> None:
-    """A PNG: left the roofline with every contestant, right how many times faster ours is."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    bars = [
-        (f"{r.measure} {r.case} {r.dtype}\n{r.contestant} vs {peer}", x)
-        for r in rows
-        for peer, x in r.ratios.items()
-    ]
-    height = max(4.0, 0.42 * len(bars))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), constrained_layout=True)
-    if ceiling is not None:
-        _draw_roofline(left, rows, ceiling, cost)
-    else:
-        left.axis("off")
-    right.barh([b[0] for b in bars][::-1], [b[1] for b in bars][::-1], color="#4477aa")
-    right.axvline(1, color="black", linewidth=1)
-    right.set_xscale("log")
-    right.set_xlabel("times faster than the opponent, same machine, interleaved")
-    right.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_roofline(axes: Any, rows: list[Row], ceiling: Any, cost: Mapping) -> None:
-    at = [2.0**e for e in range(-3, 13)]
-    axes.loglog(at, [min(ceiling.gemm, x * ceiling.read) / 1e9 for x in at], "k-", label="measured")
-    opponents = "opponents"
-    for r in rows:
-        if r.gflop_s is None or (r.measure, r.case) not in cost:
-            continue
-        moved, flops = cost[r.measure, r.case]
-        if r.ours:
-            label = f"{r.measure} {r.case} {r.dtype} {r.contestant}"
-            axes.loglog(flops / moved, r.gflop_s, "o", label=label)
-        else:
-            axes.loglog(flops / moved, r.gflop_s, "x", color="grey", label=opponents)
-            opponents = "_nolegend_"
-    axes.set_xlabel("flops per byte")
-    axes.set_ylabel("GFLOP/s")
-    axes.legend(fontsize=7)

@@ -18,6 +18,7 @@ import against
 import baselines
 import micro
 import networks
+import picture
 import report
 import roofline
 import torch
@@ -67,15 +68,13 @@ def main(argv: list[str] | None = None) -> int:
     where = environment(args.device)
     print("  ".join(f"{k} {v}" for k, v in where.items()), file=shown)
     rows: list[report.Row] = []
-    cost: dict[Any, Any] = {}
     absent: dict[str, str] = {}
     failure = ""
     try:
         # some opponents print: that may not mix with the JSON
         with contextlib.redirect_stdout(shown):
-            for part, part_cost, missing in _suite(args, say):
+            for part, missing in _suite(args, say):
                 rows += part
-                cost |= part_cost
                 absent |= missing
                 print(report.table(part), flush=True)
     except ValueError as error:
@@ -84,15 +83,17 @@ def main(argv: list[str] | None = None) -> int:
     except (micro.RefusedError, against.BaseError) as error:
         failure = str(error)
         say(f"bench: REFUSED {failure}")
-    for name, why in absent.items():
-        print(f"absent: {name}: {why}", file=shown)
+    for why in dict.fromkeys(absent.values()):
+        names = ", ".join(name for name, reason in absent.items() if reason == why)
+        print(f"absent: {names}: {why}", file=shown)
     gate = "UNVERIFIED" if args.no_gate else "REFUSED" if failure else "passed"
-    line = report.record(rows, where, _versions(rows), gate)
+    known = {r.dtype for r in rows if r.roofline is not None}
+    ceilings = {d: roofline.measure(args.device, micro.DTYPES[d]) for d in sorted(known)}
+    line = report.record(rows, where, _versions(rows, args.device), gate, ceilings)
     if args.base:
         line["base"] = report.commit(f"{args.base}^{{commit}}")
-    if args.plot:
-        ceiling = roofline.measure(args.device, torch.float32) if cost else None
-        report.plot(rows, ceiling, cost, args.plot)
+    if args.plot and rows:
+        picture.draw(line, args.plot)
         print(f"drawn: {args.plot}", file=shown)
     if args.record and rows and not args.no_gate:
         print(f"recorded: {report.append(args.suite, line)}", file=shown)
@@ -125,12 +126,12 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
     return micro.run(options, say)
 
 
-def _versions(rows: list[report.Row]) -> dict[str, str]:
+def _versions(rows: list[report.Row], device: str) -> dict[str, str]:
     """What each opponent in the rows was."""
     names = {r.contestant for r in rows if not r.ours}
     found = {}
     for measure in {r.measure for r in rows}:
-        for name, module in baselines.opponents(measure)[0].items():
+        for name, module in baselines.opponents(measure, device)[0].items():
             if name in names:
                 found[name] = module.version()
     return found

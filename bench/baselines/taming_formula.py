@@ -17,7 +17,7 @@ def version() -> str:
     return f"torch {torch.__version__}"
 
 
-def _search(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def search(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
     return torch.argmin(squares - 2 * torch.einsum("nd,kd->nk", z, codebook), dim=1)
 
@@ -30,13 +30,13 @@ def make(measure: str, case: Any, inputs: tuple) -> Any:
         raise Unsuitable("its N x K matrices are over 8 GiB")
     z, codebook = z.float(), codebook.float()
     if measure == "nearest":
-        return lambda: _search(z, codebook)
+        return lambda: search(z, codebook)
     (upstream,) = rest
     z, codebook = z.clone().requires_grad_(), codebook.clone().requires_grad_()
 
     def step() -> torch.Tensor:
         z.grad = codebook.grad = None
-        indices = _search(z, codebook)
+        indices = search(z, codebook)
         z_q = torch.nn.functional.embedding(indices, codebook)
         loss = (z_q.detach() - z).square().mean() * 0.25 + (z_q - z.detach()).square().mean()
         z_q = z + (z_q - z).detach()
