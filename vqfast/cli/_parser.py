@@ -255,7 +255,9 @@ def _train(parser: argparse.ArgumentParser) -> None:
         add = one.add_argument
         add("config", metavar="CONFIG", help="YAML file")
         add("overrides", nargs="*", metavar="key=value", help="keys set over the file's")
-        add("--data", metavar="PATH", help="folder, list file or tar of pictures (data.path)")
+        codes = ", or what `vqfast encode` wrote" if stage == "transformer" else ""
+        kinds = f"folder, list file or tar of pictures{codes} (data.path)"
+        add("--data", metavar="PATH", help=kinds)
         if stage == "transformer":
             add("--tokenizer", metavar="PATH", help="checkpoint of stage 1")
         add("--out", metavar="DIR", help="run folder")
@@ -264,7 +266,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
         _Flags(one, ["device"])
         add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the training")
         add("--dry-run", action="store_true", help="one batch forward, sizes; write nothing")
-        add("--print-config", action="store_true", help="print the merged configuration")
+        meanings = "print the merged configuration, every key with its meaning"
+        add("--print-config", action="store_true", help=meanings)
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:

@@ -21,13 +21,19 @@ __all__ = [
 
 @dataclass
 class DataSection:
-    path: str | None = key(None, "folder, list file or tar of images; --data sets it too")
+    path: str | None = key(
+        None,
+        "folder, list file or tar of images; stage 2: also a file of `vqfast encode` or a folder "
+        "of them; --data sets it too",
+    )
     kind: str | None = key(
-        None, "null: told by the content", choices=("folder", "listfile", "archive", "noto_emoji")
+        None,
+        "null: told by the content",
+        choices=("folder", "listfile", "archive", "noto_emoji", "codes"),
     )
     subset: str | None = key(None, "part of the source: a subfolder, or noto_emoji's class names")
     val_path: str | None = key(
-        None, "images for validation; none: hold out `val_fraction` of `path`"
+        None, "images (or codes) for validation; none: hold out `val_fraction` of `path`"
     )
     condition_path: str | None = key(
         None, "stage 2, image: the condition's pictures, of equal names"
