@@ -230,6 +230,24 @@ def test_killed_worker_is_an_error_not_a_hang(tmp_path):
     assert run.returncode == 0 and "DataLoader worker" in run.stdout, run.stderr
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError()]
+)
+def test_a_batch_whose_worker_is_gone_is_a_data_error(tmp_path, error):
+    batches, _ = _batches(_folder(tmp_path / "a", 8))
+    batches._iterator = (_raise(error) for _ in range(1))
+    with pytest.raises(DataError, match=f"worker died: {type(error).__name__}"):
+        next(batches)
+    told = FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.")
+    batches._iterator = (_raise(told) for _ in range(1))
+    with pytest.raises(FileNotFoundError, match="Caught"):
+        next(batches)
+
+
+def _raise(error):
+    raise error
+
+
 def test_close_ends_the_workers(tmp_path):
     before = set(multiprocessing.active_children())
     batches, _ = _batches(_folder(tmp_path / "a", 8), num_workers=2)
