@@ -264,7 +264,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         add("--resume", metavar="auto|PATH|none", default="auto", help="where to go on (auto)")
         add("--max-steps", type=_at_least(0), metavar="N", help="stop after step N")
         _Flags(one, ["device"])
-        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the training")
+        add("--precision", choices=("auto", "fp32", "bf16"), help="auto: as train.precision says")
         add("--dry-run", action="store_true", help="one batch forward, sizes; write nothing")
         meanings = "print the merged configuration, every key with its meaning"
         add("--print-config", action="store_true", help=meanings)
