@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from vqfast._dispatch import Op, poison
-from vqfast.ops._packed import COLUMNS, matrix_bytes, padded, unpack
+from vqfast.ops._packed import COLUMNS, matrix_bytes, pack_matrix, padded, unpack
 from vqfast.ops.decode_attention import attend, tree_sum
 
 VECTORS_PER_LAYER = 13  # times E
@@ -157,6 +157,7 @@ _OP = Op(
     "int n_logits) -> (Tensor, Tensor)",
     reference=_reference,
     outputs=_outputs,
+    scratch=1,
 )
 
 
@@ -194,3 +195,25 @@ def decode_step(
 def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An unwritten cache; full of NaN when tests poison memory."""
     return poison(torch.empty(shape, dtype=dtype, device=device))
+
+
+def sample_inputs(case, dtype: torch.dtype, device: torch.device | str) -> tuple:
+    """Inputs of the op for one case: T tokens, in no order, of each of B sequences that have n. The
+    dtype is the cache's, whose slots from n on hold NaN; the case gives the bits of the weights.
+    """
+    L, B, H, S, d, V, n, T = (case[letter] for letter in "LBHSdVnT")
+    E, bits, g = H * d, case["bits"], torch.Generator().manual_seed(B * 1009 + S * 31 + d)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    order = torch.randperm(B * T, generator=g)
+    cache = normal(2, L, B, H, S, d)
+    cache[..., n:, :] = float("nan")
+    weights = [pack_matrix(normal(N, K) / K**0.5, bits) for N, K in matrices(L, E, V)]
+    vectors = normal((L * VECTORS_PER_LAYER + 2) * E)
+    tensors = (
+        torch.randint(V, (B * T,), generator=g), order // T, n + order % T, *cache.to(dtype),
+        normal(V, E), normal(S, E), vectors, torch.cat(weights),
+    )  # fmt: skip
+    return tuple(x.to(device) for x in tensors) + (bits, case["logits"])
