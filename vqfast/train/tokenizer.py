@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vqfast.checkpoints import native
 from vqfast.config import ConfigError
+from vqfast.errors import CheckpointError
 from vqfast.losses import Stage1Loss
 from vqfast.metrics import perplexity, psnr, usage
 from vqfast.models.vqgan import VQGAN, VQGANConfig
@@ -128,6 +129,11 @@ class TokenizerStage(Stage):
             return Stage1Loss(in_channels=model.out_ch, image_size=self.config.data.size, **section)
         except ValueError as error:
             raise ConfigError(f"loss.{error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. Pass loss.perceptual_weights=FILE for the trunk and "
+                "loss.perceptual_heads=FILE (or none) for the heads, or loss.perceptual_weight=0"
+            ) from None
 
     def _add(self, name: str, module: nn.Module) -> None:
         self.modules[name] = module
