@@ -13,6 +13,7 @@ __all__ = ["Report", "UsageError", "parse"]
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 _PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
+_TRAIN_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class UsageError(Exception):
@@ -264,7 +265,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         add("--resume", metavar="auto|PATH|none", default="auto", help="where to go on (auto)")
         add("--max-steps", type=_at_least(0), metavar="N", help="stop after step N")
         _Flags(one, ["device"])
-        add("--precision", choices=("auto", "fp32", "bf16"), help="auto: as train.precision says")
+        add("--precision", choices=_TRAIN_PRECISIONS, help="auto: as train.precision says")
         add("--dry-run", action="store_true", help="one batch forward, sizes; write nothing")
         meanings = "print the merged configuration, every key with its meaning"
         add("--print-config", action="store_true", help=meanings)

@@ -111,7 +111,11 @@ class TrainSection:
     ema_decay: float = key(
         0.0, "moving average of the weights, saved as the model; 0: off", low=0, high=0.999999
     )
-    precision: str = key("fp32", "arithmetic of the networks", choices=("fp32", "bf16"))
+    precision: str = key(
+        "fp32",
+        "arithmetic of the networks; fp16 scales the losses, for GPUs without bf16",
+        choices=("fp32", "bf16", "fp16"),
+    )
     compile: bool = key(False, "torch.compile the networks")
     max_bad_steps: int = key(10, "non-finite steps in a row before NonFiniteError", low=1)
     save_every: int = key(1000, "steps between checkpoints", low=1)

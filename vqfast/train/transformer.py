@@ -32,7 +32,7 @@ from vqfast.train.ema import EMA
 from vqfast.train.feed import ImageFeed, open_sources
 from vqfast.train.loop import Feed
 from vqfast.train.settings import DataSection, TransformerModel, TransformerTrain
-from vqfast.train.stage import BadStep, Stage, clip, gradient_norm
+from vqfast.train.stage import BadStep, Stage, clip
 from vqfast.train.taming_yaml import translate_transformer
 
 __all__ = ["TransformerConfig", "TransformerStage", "run"]
@@ -76,7 +76,7 @@ class TransformerStage(Stage):
         conditioning: Any,
         held: CodesDataset | None,
     ):
-        super().__init__(world)
+        super().__init__(world, config.train.precision)
         self.config, self._encoder, self._held = config, encoder, held
         self.tokenizer, self.conditioning = encoder.tokenizer, conditioning
         train = config.train
@@ -124,10 +124,6 @@ class TransformerStage(Stage):
         names = GPTConfig.__dataclass_fields__
         return GPTConfig(**{name: value for name, value in model.items() if name in names})
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        on = self.config.train.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on)
-
     # ---- one step
 
     def _tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -164,18 +160,19 @@ class TransformerStage(Stage):
                 wrapped = isinstance(net, nn.parallel.DistributedDataParallel)
                 sync = contextlib.nullcontext() if last or not wrapped else net.no_sync()
                 with sync:
-                    with self._autocast():
+                    with self.autocast():
                         value = self._net(image, condition) / len(batches)
-                    value.backward()
+                    self.scaler.scale(value).backward()
                 total += value.detach()
-            norm = gradient_norm(self._weights)
+            norm = self.unscaled_norm("model")
             self.check({"cross-entropy loss": total, "cross-entropy gradient": norm})
-        except BadStep:
-            self.refuse(kept)
+        except BadStep as error:
+            self.refuse(kept, error)
             raise
         clip(self._weights, norm, train.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         if self.ema is not None:
             self.ema.update()
         rate = optimizer.param_groups[0]["lr"]
@@ -211,7 +208,7 @@ class TransformerStage(Stage):
             return {}
         total, size = 0.0, self.config.data.batch_size
         n = min(len(self._held), self.config.train.val_images)
-        with self._for_use(), self._autocast():
+        with self._for_use(), self.autocast():
             for rows in torch.arange(n).split(size):
                 image, condition = self._tokens(self._held.rows(rows))
                 total += self.model.loss(image, condition).item() * len(image)
