@@ -173,6 +173,11 @@ def test_every_op_file_has_a_native_kernel():
     assert not without
 
 
+def test_every_op_has_generated_tests():
+    tested = {param.values[0] for param in _all("smoke")}
+    assert tested == set(_dispatch.OPS)
+
+
 def test_forced_backend_never_falls_back():
     raw, sample, case = _all("smoke")[0].values
     inputs = sample(case, torch.float32, "cpu")
