@@ -1,4 +1,4 @@
-// y[r] = W x[r] for a few rows r and a matrix W packed as vqfast/ops/decode_step.py describes; for
+// y[r] = W x[r] for a few rows r and a matrix W packed as vqfast/ops/_packed.py describes; for
 // decode_step. No include guard: a kernel file includes it once per instruction set, after simd.h.
 //
 // Numerics: float32 accumulators. Each output is a sum of blocks of 32 columns, each summed in the

@@ -13,6 +13,14 @@ from vqfast import _dispatch, _native, cli, images
 from vqfast.models import conditioning
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_starts_first():
+    """Where the first backward pass of a process comes after an opcheck, autograd starts threads,
+    and a forked child (test_train_ddp.py) can then not go backward.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

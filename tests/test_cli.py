@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 import vqfast
 from vqfast import cli, config, images
@@ -260,6 +261,21 @@ def test_train_hands_everything_over(run_cli, monkeypatch):
     }  # fmt: skip
     assert run_cli("train", "transformer", "c.yaml", "--tokenizer", "t")[0] == 143
     assert calls[1][2]["tokenizer"] == "t"
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_the_precision_flag_offers_what_training_can_do(run_cli, tmp_path, stage):
+    from vqfast.train.settings import TrainSection
+
+    rules = TrainSection.__dataclass_fields__["precision"].metadata
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {precision: bf16}\n")
+    for given in ("auto", *rules["choices"]):
+        code, out, err = run_cli("train", stage, path, "--precision", given, "--print-config")
+        assert code == 0, err
+        assert yaml.safe_load(out)["train"]["precision"] == ("bf16" if given == "auto" else given)
+    code, out, err = run_cli("train", stage, path, "--precision", "int8", "--print-config")
+    assert code == 2 and not out and complains(err, "--precision", "int8", "bf16")
 
 
 @pytest.mark.parametrize(

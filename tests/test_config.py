@@ -90,8 +90,22 @@ def test_a_malformed_override_is_refused(tmp_path, override):
 
 def test_dump_loads_back_to_the_same_settings(tmp_path):
     got = load(tmp_path, "inner: {n: 5, maybe: 2, sizes: [9]}")
-    assert load(tmp_path, config.dump(got)) == got
-    assert yaml.safe_load(config.dump(got))["inner"]["sizes"] == [9]
+    for text in (config.dump(got), config.dump(got, explain=True)):
+        assert load(tmp_path, text) == got
+        assert yaml.safe_load(text)["inner"]["sizes"] == [9]
+
+
+def test_an_explained_dump_says_what_keys_mean_and_may_be(tmp_path):
+    @dataclass
+    class Text:
+        inner: Inner = field(default_factory=Inner)
+        free: str = key("", "any text")
+
+    got = Text(Inner(name="b"), free="two\nlines, 'quoted'  # and more")
+    text = config.dump(got, explain=True)
+    assert load(tmp_path, text, schema=Text) == got
+    assert "  # a name (a, b)\n  name: b\n" in text
+    assert "\n# any text\nfree: " in text
 
 
 # ---- hostile files

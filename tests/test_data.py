@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from vqfast.data import Batches, ImageDataset, open_source, order
-from vqfast.data.codes import CodeBatches, CodesDataset, save_codes
 from vqfast.errors import DataError
 
 
@@ -231,6 +230,24 @@ def test_killed_worker_is_an_error_not_a_hang(tmp_path):
     assert run.returncode == 0 and "DataLoader worker" in run.stdout, run.stderr
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError()]
+)
+def test_a_batch_whose_worker_is_gone_is_a_data_error(tmp_path, error):
+    batches, _ = _batches(_folder(tmp_path / "a", 8))
+    batches._iterator = (_raise(error) for _ in range(1))
+    with pytest.raises(DataError, match=f"worker died: {type(error).__name__}"):
+        next(batches)
+    told = FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.")
+    batches._iterator = (_raise(told) for _ in range(1))
+    with pytest.raises(FileNotFoundError, match="Caught"):
+        next(batches)
+
+
+def _raise(error):
+    raise error
+
+
 def test_close_ends_the_workers(tmp_path):
     before = set(multiprocessing.active_children())
     batches, _ = _batches(_folder(tmp_path / "a", 8), num_workers=2)
@@ -273,21 +290,3 @@ def test_cache_reads_each_file_once_and_changes_nothing(tmp_path):
     for file in path.iterdir():
         file.unlink()
     assert len(_take(Batches(cached, 4, seed=1), 1)[0]["image"]) == 4
-
-
-def test_code_batches_follow_the_order_of_the_image_batches_and_resume(tmp_path):
-    codes = torch.randint(0, 9, (7, 2, 3, 3))
-    save_codes(tmp_path / "c.safetensors", codes)
-    data = CodesDataset(tmp_path / "c.safetensors")
-    whole = CodeBatches(data, 3, seed=3)
-    want = [next(whole) for _ in range(8)]
-    later = CodeBatches(data, 3, seed=3, start_step=5)
-    assert _equal([next(later) for _ in range(3)], want[5:])
-    for batch in want:
-        for i in range(3):
-            assert any(torch.equal(batch["codes"][i], v) for v in codes[batch["index"][i]])
-    assert len({b["codes"].numpy().tobytes() for b in want}) > 6
-    images, _ = _batches(_folder(tmp_path / "a", 7), batch_size=3)
-    assert _equal(
-        [{"index": b["index"]} for b in _take(images, 8)], [{"index": b["index"]} for b in want]
-    )

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vqfast import backend
-from vqfast.engine.packing import BITS, pack_gpt, pack_matrix
+from vqfast.engine.packing import BITS, pack_gpt
 from vqfast.models.gpt import GPT, GPTConfig
 from vqfast.ops import decode_attention
+from vqfast.ops._packed import matrix_bytes, pack_matrix, unpack
 
 step_file = importlib.import_module("vqfast.ops.decode_step")
 
@@ -79,7 +80,7 @@ def test_wrong_arguments_are_named(change, error, said):
 def _unpacked(w, bits):
     """What the packed matrix stands for, [N, K]; padding is zero unless a value is NaN."""
     N, K = w.shape
-    panels = step_file.unpack(pack_matrix(w, bits), N, K, bits)  # [panels, Kp, 16]
+    panels = unpack(pack_matrix(w, bits), N, K, bits)  # [panels, Kp, 16]
     rows = panels.transpose(1, 2).reshape(-1, panels.shape[1])
     assert w.isnan().any() or not (rows[N:].any() or rows[:, K:].any())
     return rows[:N, :K]
@@ -114,9 +115,7 @@ def test_rows_of_zeros_stay_zero_and_nan_is_not_hidden():
 
 def test_sizes_are_what_the_description_says():
     for bits in BITS.values():
-        assert pack_matrix(torch.randn(37, 70), bits).numel() == step_file.matrix_bytes(
-            37, 70, bits
-        )
+        assert pack_matrix(torch.randn(37, 70), bits).numel() == matrix_bytes(37, 70, bits)
 
 
 # ---- the step

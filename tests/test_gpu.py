@@ -28,8 +28,7 @@ def run(raw, backend, inputs):
     if (why := _dispatch.OPS[raw].reason(backend, inputs)) is not None:
         pytest.skip(why)
     with _dispatch.backend(backend):
-        outs = _dispatch.OPS[raw](*inputs)
-    return (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
+        return check.results(raw, inputs)
 
 
 def reference(raw, inputs, wide=False):
@@ -38,8 +37,7 @@ def reference(raw, inputs, wide=False):
             x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
             for x in inputs
         ]
-    outs = _dispatch.OPS[raw].reference(*inputs)
-    return (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
+    return check.results(raw, tuple(inputs), _dispatch.OPS[raw].reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

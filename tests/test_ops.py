@@ -2,6 +2,7 @@
 file."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from vqfast import _dispatch, _native, ops
 from vqfast.testing import cases, check_case
-from vqfast.testing.check import variants
+from vqfast.testing.check import results, variants
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE = _native.load() is not None
@@ -32,8 +33,9 @@ def _on_cpu(raw, inputs):
         pytest.skip(reason)
 
 
-def _tuple(x):
-    return (x,) if isinstance(x, Tensor) else tuple(x)
+def _same_bits(a, b):
+    """Equal values; NaN is where NaN is, as in the slots of a cache that nobody wrote."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,26 +55,79 @@ def test_every_output_is_written(raw, sample, case, poison):
     assert ok, f"{why} (worst {error:.3g})"
 
 
+def _step_inputs():
+    made = importlib.import_module("vqfast.ops.decode_step").sample_inputs
+    return made(cases("decode_step", "smoke")[0], torch.float32, "cpu")
+
+
+def _shift_what_was_written(tokens, slots, positions, k_cache, *rest):
+    k_cache[0, slots[0], 0, positions[0]] += 1e-3
+
+
+def _write_beside(tokens, slots, positions, k_cache, v_cache, *rest):
+    v_cache[1, 0, 1, -1] = 0
+
+
+def _write_nothing(tokens, slots, positions, k_cache, *rest):
+    k_cache[:, slots, :, positions] = float("nan")
+
+
+def _write_an_input(tokens, *rest):
+    tokens += 1
+
+
+@pytest.mark.skipif(not NATIVE, reason="native library not built")
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (_shift_what_was_written, "output 1"),
+        (_write_beside, "output 2"),
+        (_write_nothing, "output 1"),
+        (_write_an_input, "input 0 was changed"),
+    ],
+)
+def test_a_fault_in_what_a_kernel_writes_in_place_is_found(monkeypatch, fault, says):
+    op, inputs = _dispatch.OPS["decode_step"], _step_inputs()
+    assert op.writes == (3, 4)
+    before = [x.clone() for x in inputs[:9]]
+    assert check_case("decode_step", inputs, "cpu")[0]
+    assert all(_same_bits(a, b) for a, b in zip(inputs, before, strict=False))
+    right = op._launcher("cpu")
+
+    def spoilt(*args):
+        right(*args)
+        fault(*args)
+
+    monkeypatch.setattr(op, "_launcher", lambda name: spoilt)
+    ok, _, why = check_case("decode_step", inputs, "cpu")
+    assert not ok and says in why
+
+
 @pytest.mark.parametrize(("raw", "sample", "case"), _all("smoke"))
 def test_equal_runs_and_thread_counts_give_equal_bits(raw, sample, case):
     inputs = sample(case, torch.float32, "cpu")
-    op, before, runs = _dispatch.OPS[raw], torch.get_num_threads(), []
+    before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            runs.append(_tuple(op(*inputs)))
+            runs.append(results(raw, inputs))
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+        assert all(_same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("raw", "sample", "case"), _all("smoke"))
-def test_opcheck(raw, sample, case):
+def test_opcheck(raw, sample, case, monkeypatch):
     op = getattr(torch.ops.vqfast, raw).default
+    # opcheck compares scratch and takes no NaN for equal: scratch starts from zero, caches are full
+    monkeypatch.setattr(_dispatch, "poison", Tensor.zero_)
+    inputs = list(sample(case, torch.float32, "cpu"))
+    for i in _dispatch.OPS[raw].writes:
+        inputs[i] = inputs[i].nan_to_num(7.0)
     # the ops are private and not differentiable: gradients live in the public functions
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, sample(case, torch.float32, "cpu"), test_utils=checks)
+    torch.library.opcheck(op, tuple(inputs), test_utils=checks)
 
 
 @pytest.mark.parametrize(("raw", "sample", "case"), _all("smoke"))
@@ -88,8 +143,9 @@ def test_compiles_without_a_graph_break(raw, sample, case):
         pytest.skip("scalars stand between tensors")
     torch._dynamo.reset()  # the cases share one code object, and its recompilations are limited
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for a, b in zip(_tuple(compiled(*tensors)), _tuple(call(*tensors)), strict=True):
-        assert torch.equal(a, b)
+    got = results(raw, inputs, lambda *given: compiled(*given[: len(tensors)]))
+    for a, b in zip(got, results(raw, inputs), strict=True):
+        assert _same_bits(a, b)
 
 
 @pytest.mark.parametrize(("raw", "sample", "case"), _all("smoke"))
@@ -101,7 +157,7 @@ def test_reference_runs_in_float64_and_explains_itself(raw, sample, case):
     )
     assert op.choose(*inputs) in ("cpu", "reference")
     with _dispatch.backend("reference"):
-        outs = _tuple(op(*inputs))
+        outs = results(raw, inputs)
     assert all(isinstance(t, Tensor) for t in outs)
     assert op.explain(*inputs)["reference"] is None
 
@@ -115,6 +171,11 @@ def _ops_with_kernels():
 def test_every_op_file_has_a_native_kernel():
     without = [name for name in _dispatch.OPS if name not in _ops_with_kernels()]
     assert not without
+
+
+def test_every_op_has_generated_tests():
+    tested = {param.values[0] for param in _all("smoke")}
+    assert tested == set(_dispatch.OPS)
 
 
 def test_forced_backend_never_falls_back():

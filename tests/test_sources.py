@@ -8,12 +8,9 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from vqfast.data import open_source, split
-from vqfast.data.codes import CodesDataset, save_codes
 from vqfast.errors import DataError
 
 
@@ -203,42 +200,3 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
     )
     assert int(run.stdout) < 400, run.stderr
-
-
-# ---- codes
-
-
-def test_codes_round_trip_in_a_small_type(tmp_path):
-    codes = torch.randint(0, 1000, (6, 3, 4))
-    save_codes(tmp_path / "c.safetensors", codes, torch.arange(6) % 3, {"tokenizer": "abc"})
-    data = CodesDataset(tmp_path / "c.safetensors")
-    assert data.codes.dtype == torch.int16 and data.grid == (3, 4) and len(data) == 6
-    assert data.n_codes == int(codes.max()) + 1 and data.metadata == {"tokenizer": "abc"}
-    assert data.class_names == ["0", "1", "2"]
-    assert torch.equal(data[4]["codes"], codes[4]) and data[4]["codes"].dtype == torch.int64
-    assert data[4]["label"] == 1
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({"x": torch.zeros(2, 2, 2, dtype=torch.int64)}, "no tensor `codes`, only x"),
-        ({"codes": torch.zeros(2, 2, 2)}, "float32"),
-        ({"codes": torch.zeros(2, 2, dtype=torch.int64)}, r"\[2, 2\]"),
-        ({"codes": torch.zeros(0, 2, 2, dtype=torch.int64)}, r"\[0, 2, 2\]"),
-        ({"codes": torch.full((2, 2, 2), -1)}, "-1"),
-        ({"codes": torch.zeros(2, 2, 2).long(), "labels": torch.zeros(3).long()}, r"labels.*\[3\]"),
-    ],
-)
-def test_codes_file_that_does_not_fit_is_a_data_error(tmp_path, tensors, words):
-    save_file(tensors, tmp_path / "c.safetensors")
-    with pytest.raises(DataError, match=words):
-        CodesDataset(tmp_path / "c.safetensors")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"junk" * 100])
-def test_codes_file_that_is_none_is_a_data_error(tmp_path, content):
-    if content is not None:
-        (tmp_path / "c.safetensors").write_bytes(content)
-    with pytest.raises(DataError, match="c.safetensors"):
-        CodesDataset(tmp_path / "c.safetensors")

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from vqfast.config import ConfigError, load
 from vqfast.data import Batches, ImageDataset, open_source
+from vqfast.data.codes import CodesDataset
 from vqfast.errors import DataError, NonFiniteError
 from vqfast.models.vqgan import VQGAN, VQGANConfig
 from vqfast.pipeline import Pipeline
 from vqfast.train import codes, transformer
-from vqfast.train.codes import CodeFeed, Encoder, code_table
+from vqfast.train.codes import CodeFeed, Encoder, encode_pictures
 from vqfast.train.distributed import World
 from vqfast.train.settings import DataSection
 from vqfast.train.transformer import TransformerConfig
@@ -115,26 +116,22 @@ def same(a, b):
 def test_cached_codes_are_those_of_the_pictures_in_their_order(pictures, flip):
     model, source = tiny_tokenizer(), open_source(pictures)
     data = DataSection(size=8, batch_size=3, flip=flip)
-    table = code_table(source, data, Encoder(model, None, WORLD), None)
-    feed = CodeFeed(table, "", data, seed=5, world=WORLD, accumulate=2)
+    made = encode_pictures(source, data, Encoder(model, None, WORLD), None)
+    feed = CodeFeed(made, "", data, seed=5, world=WORLD, accumulate=2)
     batches = Batches(ImageDataset(source, 8, flip=flip), 3, seed=5)
     for step in range(4):
         for got in feed.take(step):
             expected = model.encode(next(batches)["image"]).flatten(1)
             assert torch.equal(got["codes"], expected)
-    assert len({tuple(row.tolist()) for row in table["codes"]}) > 3
+    assert made.codes.shape == (7, 2 if flip else 1, 4, 4)
+    assert len({tuple(row.tolist()) for row in made.codes[:, 0].flatten(1)}) > 3
 
 
 def test_each_rank_takes_its_own_share(pictures):
-    table = {
-        "codes": torch.arange(14).reshape(7, 2),
-        "label": torch.zeros(7),
-        "index": torch.arange(7),
-    }
-    table["bad"] = torch.tensor([])
-    one = CodeFeed(table, "", DataSection(batch_size=4), 3, WORLD, 1)
+    data = CodesDataset("", torch.arange(56).reshape(7, 2, 2, 2), torch.zeros(7))
+    one = CodeFeed(data, "", DataSection(batch_size=4), 3, WORLD, 1)
     two = [
-        CodeFeed(table, "", DataSection(batch_size=2), 3, World(r, 2, torch.device("cpu")), 1)
+        CodeFeed(data, "", DataSection(batch_size=2), 3, World(r, 2, torch.device("cpu")), 1)
         for r in range(2)
     ]
     for step in range(5):
@@ -146,14 +143,14 @@ def test_stored_codes_are_used_again_and_only_for_the_same_inputs(pictures, tmp_
     source, data = open_source(pictures), DataSection(size=8)
     counted, original = [], codes._encode
     monkeypatch.setattr(codes, "_encode", lambda *a: (counted.append(1), original(*a))[1])
-    first = code_table(source, data, Encoder(tiny_tokenizer(), None, WORLD), tmp_path)
-    again = code_table(source, data, Encoder(tiny_tokenizer(), None, WORLD), tmp_path)
+    first = encode_pictures(source, data, Encoder(tiny_tokenizer(), None, WORLD), tmp_path)
+    again = encode_pictures(source, data, Encoder(tiny_tokenizer(), None, WORLD), tmp_path)
     assert len(counted) == 1
-    assert same(first, again)
-    code_table(source, data, Encoder(tiny_tokenizer(1), None, WORLD), tmp_path)
+    assert torch.equal(first.codes, again.codes) and torch.equal(first.labels, again.labels)
+    encode_pictures(source, data, Encoder(tiny_tokenizer(1), None, WORLD), tmp_path)
     assert len(counted) == 2
     (tmp_path / "codes.safetensors").write_bytes(b"damaged")
-    code_table(source, data, Encoder(tiny_tokenizer(1), None, WORLD), tmp_path)
+    encode_pictures(source, data, Encoder(tiny_tokenizer(1), None, WORLD), tmp_path)
     assert len(counted) == 3
 
 

@@ -104,6 +104,9 @@ class Op:
             allocator and the place where tests poison memory.
         cuda_record: ledger line in bench/results that lets the CUDA kernel into the automatic
             choice.
+        scratch: how many of the last outputs are working memory of a kernel: no results.
+
+    `writes` are the places of the inputs that it mutates.
     """
 
     def __init__(
@@ -113,17 +116,23 @@ class Op:
         reference: Callable,
         outputs: Callable,
         cuda_record: str | None = None,
+        scratch: int = 0,
     ):
         self.name = schema.partition("(")[0]
         self.file = self.name.removesuffix("_backward")
         self.reference, self.outputs, self.cuda_record = reference, outputs, cuda_record
+        self.scratch = scratch
         self._triton: Any = None
         _LIBRARY.define(schema)
         torch.library.register_fake(f"vqfast::{self.name}", outputs, lib=_LIBRARY)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, self._run, key)
         self._packet = getattr(torch.ops.vqfast, self.name).default
-        self._defaults = [_stand_in(a.type) for a in self._packet._schema.arguments]
+        arguments = self._packet._schema.arguments
+        self._defaults = [_stand_in(a.type) for a in arguments]
+        self.writes = tuple(
+            i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+        )
         OPS[self.name] = self
 
     def __call__(self, *inputs: Any) -> Any:

@@ -351,6 +351,31 @@ def to_dict(settings: Any) -> dict:
     return walk(plain)
 
 
-def dump(settings: Any) -> str:
-    """YAML of the merged settings; `load` of this text gives them back."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+def dump(settings: Any, *, explain: bool = False) -> str:
+    """YAML of the merged settings; `load` of this text gives them back.
+
+    Args:
+        explain: each key of ours stands under a comment that says what it means and may be.
+    """
+    if not explain:
+        return _yaml(to_dict(settings))
+    return "".join(_explained(settings, ""))
+
+
+def _yaml(tree: dict) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _explained(settings: Any, indent: str) -> Iterable[str]:
+    for f in dataclasses.fields(settings):
+        value, doc = getattr(settings, f.name), f.metadata.get("doc")
+        if dataclasses.is_dataclass(value):
+            yield f"{indent}{f.name}:\n"
+            yield from _explained(value, indent + "  ")
+            continue
+        if doc:
+            choices = f.metadata.get("choices")
+            one_of = f" ({', '.join(choices)})" if choices else ""
+            yield f"{indent}# {doc}{one_of}\n"
+        plain = list(value) if isinstance(value, tuple) else value
+        yield from (f"{indent}{line}\n" for line in _yaml({f.name: plain}).splitlines())

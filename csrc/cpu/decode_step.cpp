@@ -1,7 +1,7 @@
 // Computes: one token of R sequences through all layers of a GPT, with its key-value cache:
 //   embedding; per layer h += proj(attend(qkv(LN1 h), cache)), h += out(gelu(fc(LN2 h))); logits =
 //   head(LN h) of the last n_logits rows. tokens, slots, positions [R]; caches [L, B, H, S, d]
-//   float32 or bfloat16, written in place; packed weights as vqfast/ops/decode_step.py describes
+//   float32 or bfloat16, written in place; packed weights as vqfast/ops/_packed.py describes
 //   -> logits [n_logits, V]; scratch [R, row].
 // Contract: keys and values of all rows of a layer are in the cache before a row attends; slots
 //   past a row's position are never read. All indices were checked by the caller. Every float of

@@ -13,6 +13,7 @@ __all__ = ["Report", "UsageError", "parse"]
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 _PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
+_TRAIN_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class UsageError(Exception):
@@ -255,16 +256,19 @@ def _train(parser: argparse.ArgumentParser) -> None:
         add = one.add_argument
         add("config", metavar="CONFIG", help="YAML file")
         add("overrides", nargs="*", metavar="key=value", help="keys set over the file's")
-        add("--data", metavar="PATH", help="folder, list file or tar of pictures (data.path)")
+        codes = ", or what `vqfast encode` wrote" if stage == "transformer" else ""
+        kinds = f"folder, list file or tar of pictures{codes} (data.path)"
+        add("--data", metavar="PATH", help=kinds)
         if stage == "transformer":
             add("--tokenizer", metavar="PATH", help="checkpoint of stage 1")
         add("--out", metavar="DIR", help="run folder")
         add("--resume", metavar="auto|PATH|none", default="auto", help="where to go on (auto)")
         add("--max-steps", type=_at_least(0), metavar="N", help="stop after step N")
         _Flags(one, ["device"])
-        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the training")
+        add("--precision", choices=_TRAIN_PRECISIONS, help="auto: as train.precision says")
         add("--dry-run", action="store_true", help="one batch forward, sizes; write nothing")
-        add("--print-config", action="store_true", help="print the merged configuration")
+        meanings = "print the merged configuration, every key with its meaning"
+        add("--print-config", action="store_true", help=meanings)
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,14 @@
 """`vqfast decode`: a file of codes to pictures."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from vqfast.cli import _models
-from vqfast.cli._code_files import read_codes
 from vqfast.cli._outputs import number_width, picture_folder, refuse_existing
 from vqfast.cli._parser import Report
+from vqfast.data.codes import read_codes
 from vqfast.images import save_png, to_pil
 
 
@@ -18,7 +17,9 @@ def run(args: argparse.Namespace) -> Report:
     out = refuse_existing(args.out, args.overwrite)
     device = _models.choose_device(args.device)
     model = _models.tokenizer(args.model, device)
-    grids = read_codes(Path(args.codes), model.n_codes)
+    # of several encodings of a picture the first, of the picture as it is
+    found = read_codes(args.codes, model.n_codes).grids
+    grids = [codes[0].long() for batch in found for codes in batch]
     width = number_width(len(grids))
     with picture_folder(out, args.overwrite) as folder:
         for i, grid in enumerate(tqdm(grids, unit="image", disable=None)):

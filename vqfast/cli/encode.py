@@ -6,9 +6,9 @@ import torch
 from tqdm import tqdm
 
 from vqfast.cli import _models
-from vqfast.cli._code_files import write_codes
 from vqfast.cli._outputs import refuse_existing
 from vqfast.cli._parser import Report
+from vqfast.data.codes import encoder_digest, save_codes
 from vqfast.images import printable
 
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> Report:
         with torch.inference_mode():
             grids.append(model.encode(x.to(device))[0].cpu())
     names = [printable(path) for path in args.images]
-    write_codes(out, grids, names, model.n_codes)
+    save_codes(out, grids, n_codes=model.n_codes, encoder=encoder_digest(model), names=names)
     total = sum(grid.numel() for grid in grids)
     values = {
         "out": str(out),

@@ -46,6 +46,9 @@ class Batches:
         num_workers: loader processes; 0 reads in this one.
         shuffle: False takes every epoch in the source's order.
         warn: called with one line for each bad file; by default prints it on stderr.
+
+    A worker that is killed ends the run: DataError while its batch is fetched, else a RuntimeError
+    of torch's, which raises in a signal handler.
     """
 
     def __init__(
@@ -94,7 +97,13 @@ class Batches:
     def __next__(self) -> dict[str, Tensor]:
         if self._iterator is None:
             raise StopIteration
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if "Caught " in str(error):  # in a worker that lives, which sent it here
+                raise
+            # torch fetches a finished batch from the process that made it
+            raise DataError(f"a DataLoader worker died: {type(error).__name__}") from None
         self._count(batch["bad"])
         self.step += 1
         return {

@@ -163,8 +163,16 @@ class Selection:
         return h.hexdigest()
 
 
-def split(source: Source, fraction: float) -> tuple[Selection, Selection]:
-    """Two disjoint parts; a picture is in the second if the hash of its name is below `fraction`.
+class Named(Protocol):
+    """What `held_out` needs of a data set: names in order."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> bytes: ...
+
+
+def held_out(source: Named, fraction: float) -> np.ndarray:
+    """[n] bool: a picture is held out if the hash of its name is below `fraction`.
 
     So a picture stays on its side when others are added or removed, and in every copy of the data
     set.
@@ -174,4 +182,10 @@ def split(source: Source, fraction: float) -> tuple[Selection, Selection]:
     for i in range(len(source)):
         digest = hashlib.sha256(source.name(i)).digest()
         held[i] = int.from_bytes(digest[:8], "little") < fraction * 2**64
+    return held
+
+
+def split(source: Source, fraction: float) -> tuple[Selection, Selection]:
+    """Two disjoint parts; the second is what is `held_out`."""
+    held = held_out(source, fraction)
     return Selection(source, np.flatnonzero(~held)), Selection(source, np.flatnonzero(held))

@@ -17,7 +17,8 @@ def load_all() -> dict[str, ModuleType]:
     `COST`."""
     if not _modules:
         for entry in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-            _modules[entry.name] = importlib.import_module(f"{__name__}.{entry.name}")
+            if not entry.name.startswith("_"):  # what belongs to one op, beside its file
+                _modules[entry.name] = importlib.import_module(f"{__name__}.{entry.name}")
         for name, module in _modules.items():
             globals()[name] = getattr(module, name)
     return _modules

@@ -17,14 +17,8 @@ output rows over threads, never a sum.
 Letters: R rows, L layers, E width, H heads, d = E / H, S positions, V vocabulary, B sequences of
 the cache.
 
-Packed weights: a matrix [N, K] (one of qkv [3E, E], proj [E, E], fc [4E, E], out [E, 4E] per layer,
-then head [V, E]) is cut into panels of 16 rows, with K padded to a multiple of 64 and N to one of
-16 by zeros. A panel holds, column by column, the 16 values of a column side by side:
-
-    bits 32  float32                      bits 16  bfloat16
-    bits 8   16 float32 row scales, then int8
-    bits 4   per 32 columns: 16 bfloat16 scales, then 16 bytes for each two columns, value + 8,
-             the even column in the low nibble
+Packed weights: the matrices qkv [3E, E], proj [E, E], fc [4E, E], out [E, 4E] per layer, then head
+[V, E], one after another as vqfast/ops/_packed.py describes.
 
 `vectors` holds, per layer, LN1 weight and bias [2E], biases of qkv [3E] and proj [E], LN2 [2E],
 biases of fc [4E] and out [E]; then the last LN [2E].
@@ -39,11 +33,9 @@ import torch
 from torch import Tensor
 
 from vqfast._dispatch import Op, poison
+from vqfast.ops._packed import COLUMNS, matrix_bytes, pack_matrix, padded, unpack
 from vqfast.ops.decode_attention import attend, tree_sum
 
-PANEL = 16  # rows of a panel
-COLUMNS = 64  # K is padded to a multiple
-GROUP = 32  # columns that share an int4 scale
 VECTORS_PER_LAYER = 13  # times E
 _EPS = 1e-5  # of LayerNorm
 _PRODUCTS = 1 << 24  # products that the reference holds at a time
@@ -52,41 +44,6 @@ _PRODUCTS = 1 << 24  # products that the reference holds at a time
 def matrices(L: int, E: int, V: int) -> list[tuple[int, int]]:
     """[N, K] of every packed matrix, in order."""
     return [(3 * E, E), (E, E), (4 * E, E), (E, 4 * E)] * L + [(V, E)]
-
-
-def _padded(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
-def panel_bytes(K: int, bits: int) -> int:
-    Kp = _padded(K, COLUMNS)
-    scales = {32: 0, 16: 0, 8: PANEL * 4, 4: Kp // GROUP * PANEL * 2}[bits]
-    return PANEL * Kp * bits // 8 + scales
-
-
-def matrix_bytes(N: int, K: int, bits: int) -> int:
-    return _padded(N, PANEL) // PANEL * panel_bytes(K, bits)
-
-
-def unpack(packed: Tensor, N: int, K: int, bits: int) -> Tensor:
-    """One packed matrix as float32 [panels, Kp, 16]: element [p, k, r] is row 16·p + r, column
-    k.
-    """
-    Kp = _padded(K, COLUMNS)
-    panels = packed.view(-1, panel_bytes(K, bits))  # [panels, bytes]
-    if bits == 32:
-        return panels.view(torch.float32).view(-1, Kp, PANEL)
-    if bits == 16:
-        return panels.view(torch.bfloat16).view(-1, Kp, PANEL).float()
-    if bits == 8:
-        scale = panels[:, : PANEL * 4].contiguous().view(torch.float32)  # [panels, 16]
-        values = panels[:, PANEL * 4 :].contiguous().view(torch.int8)
-        return values.view(-1, Kp, PANEL).float() * scale[:, None]
-    groups = panels.view(panels.shape[0], Kp // GROUP, -1)  # [panels, groups, bytes]
-    scale = groups[..., : PANEL * 2].contiguous().view(torch.bfloat16).float()
-    pairs = groups[..., PANEL * 2 :].reshape(*scale.shape[:2], GROUP // 2, 1, PANEL)
-    values = torch.cat([pairs & 15, pairs >> 4], dim=3).float() - 8  # even column, odd column
-    return (values * scale[:, :, None, None]).reshape(-1, Kp, PANEL)
 
 
 def _linear(x: Tensor, weight: Tensor, N: int) -> Tensor:
@@ -120,10 +77,10 @@ def _attention(
     """q [R, H, d], caches [B, H, S, d] -> [R, H·d]; row r reads slots 0..positions[r] of its
     sequence.
     """
-    rows = [
-        attend(q[r], k_cache[b, :, : n + 1].float(), v_cache[b, :, : n + 1].float()).flatten()
-        for r, (b, n) in enumerate(zip(slots, positions, strict=True))
-    ]
+    rows = []
+    for r, (b, n) in enumerate(zip(slots, positions, strict=True)):
+        k, v = (cache[b, :, : n + 1].to(q.dtype) for cache in (k_cache, v_cache))
+        rows.append(attend(q[r], k, v).flatten())
     return torch.stack(rows)
 
 
@@ -168,7 +125,7 @@ def _reference(
     if n_logits:
         last = vectors[L * VECTORS_PER_LAYER * E :]
         logits.copy_(linear(_layer_norm(h[-n_logits:], last[:E], last[E:])))
-    return logits, scratch
+    return logits, scratch.zero_()  # not used here; so that equal calls give equal outputs
 
 
 def _outputs(
@@ -189,7 +146,7 @@ def _outputs(
     """
     V, E = tok_emb.shape
     # 16 more, so that the same column of all rows does not fall into one set of the cache
-    row = 3 * _padded(E, COLUMNS) + 3 * E + _padded(4 * E, COLUMNS) + 16
+    row = 3 * padded(E, COLUMNS) + 3 * E + padded(4 * E, COLUMNS) + 16
     scratch = tok_emb.new_empty(tokens.shape[0], row)
     return tok_emb.new_empty(n_logits, V), scratch
 
@@ -200,6 +157,7 @@ _OP = Op(
     "int n_logits) -> (Tensor, Tensor)",
     reference=_reference,
     outputs=_outputs,
+    scratch=1,
 )
 
 
@@ -237,3 +195,25 @@ def decode_step(
 def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An unwritten cache; full of NaN when tests poison memory."""
     return poison(torch.empty(shape, dtype=dtype, device=device))
+
+
+def sample_inputs(case, dtype: torch.dtype, device: torch.device | str) -> tuple:
+    """Inputs of the op for one case: T tokens, in no order, of each of B sequences that have n. The
+    dtype is the cache's, whose slots from n on hold NaN; the case gives the bits of the weights.
+    """
+    L, B, H, S, d, V, n, T = (case[letter] for letter in "LBHSdVnT")
+    E, bits, g = H * d, case["bits"], torch.Generator().manual_seed(B * 1009 + S * 31 + d)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    order = torch.randperm(B * T, generator=g)
+    cache = normal(2, L, B, H, S, d)
+    cache[..., n:, :] = float("nan")
+    weights = [pack_matrix(normal(N, K) / K**0.5, bits) for N, K in matrices(L, E, V)]
+    vectors = normal((L * VECTORS_PER_LAYER + 2) * E)
+    tensors = (
+        torch.randint(V, (B * T,), generator=g), order // T, n + order % T, *cache.to(dtype),
+        normal(V, E), normal(S, E), vectors, torch.cat(weights),
+    )  # fmt: skip
+    return tuple(x.to(device) for x in tensors) + (bits, case["logits"])

@@ -3,7 +3,7 @@ have the shape.
 
 Letters as in the contract: N vectors, D code dimension, K codes; B batch, H heads, T tokens, d head
 dimension; C channels, O output channels, H W height and width; V vocabulary; S cache slots of which
-n are written. (H is heads in attention, height in group norm.)
+n are written; L layers. (H is heads in attention, height in group norm.)
 """
 
 from typing import NamedTuple
@@ -29,6 +29,10 @@ def _case(op: str, id: str, tags: str, **shape: int) -> Case:
 def _codes(id: str, tags: str, N: int, K: int, D: int) -> list[Case]:
     """A shape of the ops over codes."""
     return [_case(op, id, tags, N=N, K=K, D=D) for op in ("nearest", "code_stats", "quantize")]
+
+
+def _step(id: str, tags: str, bits: int, **shape: int) -> Case:
+    return _case("decode_step", id, tags, bits=bits, **shape)
 
 
 CASES: tuple[Case, ...] = (
@@ -94,6 +98,16 @@ CASES: tuple[Case, ...] = (
     _case("decode_attention", "smoke", "smoke", B=3, H=2, S=70, d=64, n=65),
     _case("decode_attention", "edge_one_slot", "edge", B=1, H=1, S=1, d=16, n=1),
     _case("decode_attention", "edge_primes", "edge", B=2, H=3, S=41, d=59, n=37),
+    # ---- one step of a GPT: L layers, T tokens of each of B sequences that have n, `logits` of the
+    # last rows, `bits` of a weight. No bench case: the step is measured as a network.
+    *(
+        _step(
+            f"smoke_{bits}bit", "smoke", bits, L=2, B=3, H=2, S=70, d=20, V=37, n=5, T=2, logits=4
+        )
+        for bits in (32, 16, 8, 4)
+    ),
+    _step("edge_first_token", "edge", 32, L=1, B=1, H=1, S=1, d=16, V=1, n=0, T=1, logits=1),
+    _step("edge_prefill", "edge", 4, L=1, B=2, H=3, S=21, d=29, V=67, n=2, T=19, logits=0),
 )
 
 

@@ -1,7 +1,7 @@
 """Every kernel against its reference, on this machine: what `vqfast check` and the bench's gate
 run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -68,19 +68,33 @@ def compare_outputs(op: str, outs: tuple, plain: tuple, exact: tuple) -> tuple[b
     return not why, worst, why
 
 
+def results(op: str, inputs: tuple, call: Callable | None = None) -> tuple[Tensor, ...]:
+    """Everything that one run gives: the outputs without scratch, then the inputs that it writes.
+
+    Those are written in fresh copies, so that runs on the same `inputs` can be compared.
+
+    Args:
+        call: takes the op's inputs and gives its outputs; by default the op itself.
+    """
+    made = _dispatch.OPS[op]
+    given = [x.clone() if i in made.writes else x for i, x in enumerate(inputs)]
+    outs = _tuple((call or made)(*given))
+    return outs[: len(outs) - made.scratch] + tuple(given[i] for i in made.writes)
+
+
 def check_case(op: str, inputs: tuple, backend: str) -> tuple[bool, float, str]:
     """Runs one kernel on raw inputs and holds it against the reference at the same dtype and in
     float64."""
-    made = _dispatch.OPS[op]
+    reference = _dispatch.OPS[op].reference
     kept = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
     with torch.no_grad(), _dispatch.backend(backend):
-        outs = _tuple(made(*inputs))
+        outs = results(op, inputs)
     for i, (a, b) in enumerate(zip(inputs, kept, strict=True)):
         if isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()):
             return False, float("inf"), f"input {i} was changed"
     with torch.no_grad():
-        plain = _tuple(made.reference(*inputs))
-        exact = _tuple(made.reference(*map(_as64, inputs)))
+        plain = results(op, inputs, reference)
+        exact = results(op, tuple(map(_as64, inputs)), reference)
     return compare_outputs(op, outs, plain, exact)
 
 

@@ -269,8 +269,9 @@ class _Loop:
                 values = self.stage.step(step, batches)
                 bad = 0
             except BadStep as error:
-                bad += 1
-                self._refused(step + 1, bad, error)
+                if not error.overflow:
+                    bad += 1
+                    self._refused(step + 1, bad, error)
             done = step + 1
             if done % every.log_every == 0 or done == stop or self._due(every.val_every, done):
                 self._log(done, values, rate)
@@ -301,7 +302,7 @@ class _Loop:
         self.log.say(f"vqfast: step refused: {text}")
 
     def _log(self, done: int, values: Mapping[str, Tensor | float], rate: Rate) -> None:
-        row = self._mean(values)
+        row = self._mean({**values, **self.stage.scaling()})
         row["train/images_per_s"] = rate.read()
         if self.stage.tokens_per_image:
             row["train/tokens_per_s"] = row["train/images_per_s"] * self.stage.tokens_per_image

@@ -60,7 +60,7 @@ def run(kind: Kind, config_path: str | Path, overrides: Sequence[str], options: 
     """Train as the configuration and the flags say; the exit code. Errors as `tokenizer.run`."""
     config: Any = configuration.load(config_path, [*overrides, *_overrides(options)], kind.schema)
     if options.print_config:
-        print(configuration.dump(config), end="")
+        print(configuration.dump(config, explain=True), end="")
         return 0
     stop = config.train.max_steps if options.max_steps is None else int(options.max_steps)
     if stop < 1:

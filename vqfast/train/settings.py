@@ -21,13 +21,19 @@ __all__ = [
 
 @dataclass
 class DataSection:
-    path: str | None = key(None, "folder, list file or tar of images; --data sets it too")
+    path: str | None = key(
+        None,
+        "folder, list file or tar of images; stage 2: also a file of `vqfast encode` or a folder "
+        "of them; --data sets it too",
+    )
     kind: str | None = key(
-        None, "null: told by the content", choices=("folder", "listfile", "archive", "noto_emoji")
+        None,
+        "null: told by the content",
+        choices=("folder", "listfile", "archive", "noto_emoji", "codes"),
     )
     subset: str | None = key(None, "part of the source: a subfolder, or noto_emoji's class names")
     val_path: str | None = key(
-        None, "images for validation; none: hold out `val_fraction` of `path`"
+        None, "images (or codes) for validation; none: hold out `val_fraction` of `path`"
     )
     condition_path: str | None = key(
         None, "stage 2, image: the condition's pictures, of equal names"
@@ -105,7 +111,11 @@ class TrainSection:
     ema_decay: float = key(
         0.0, "moving average of the weights, saved as the model; 0: off", low=0, high=0.999999
     )
-    precision: str = key("fp32", "arithmetic of the networks", choices=("fp32", "bf16"))
+    precision: str = key(
+        "fp32",
+        "arithmetic of the networks; fp16 scales the losses, for GPUs without bf16",
+        choices=("fp32", "bf16", "fp16"),
+    )
     compile: bool = key(False, "torch.compile the networks")
     max_bad_steps: int = key(10, "non-finite steps in a row before NonFiniteError", low=1)
     save_every: int = key(1000, "steps between checkpoints", low=1)

@@ -4,8 +4,13 @@ clipping.
 A stage trains modules with optimizers. The guard looks at every loss component and at the gradient
 norm before any weight moves. A step that is refused leaves no trace: gradients are dropped, and
 what a forward pass writes (running statistics, codebook averages) is put back.
+
+In float16 the losses are multiplied by a scale before the backward pass, so that small gradients do
+not vanish. It grows while all goes well and is halved when gradients overflow; such a step is
+skipped and counted.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +25,16 @@ from vqfast.train.ema import EMA
 __all__ = ["BadStep", "Stage"]
 
 
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class BadStep(Exception):
-    """A refused step: which component was not finite, and what it was."""
+    """A refused step: which component was not finite, and what it was.
+
+    overflow: float16 alone was the reason, and the next step has a smaller scale.
+    """
+
+    overflow = False
 
     def __init__(self, component: str, detail: str):
         super().__init__(f"{component}: {detail}")
@@ -34,14 +47,16 @@ class Stage:
 
     modules: name -> module with state; optimizers: name -> (optimizer, the module that it trains).
     ema: average of modules["model"], or None; extra: tensors of the stage's own that a resume
-        needs.
+        needs. skipped: steps left out because float16 gradients overflowed.
     """
 
     kind: str  # "tokenizer" | "transformer"
     tokens_per_image = 0  # for the rate of tokens; 0: not told
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, precision: str = "fp32"):
+        self.world, self._dtype = world, _DTYPES[precision]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.skipped = 0
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, tuple[torch.optim.Optimizer, nn.Module]] = {}
         self.ema: EMA | None = None
@@ -71,6 +86,27 @@ class Stage:
         """Lines for a dry run, after one pass over `batch`."""
         raise NotImplementedError
 
+    # ---- precision
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The networks' arithmetic."""
+        on = self._dtype is not None
+        return torch.autocast(self.world.device.type, self._dtype or torch.bfloat16, enabled=on)
+
+    def unscaled_norm(self, name: str) -> Tensor:
+        """The norm of an optimizer's gradients, after the scale of the losses is taken out of
+        them.
+        """
+        optimizer, _ = self.optimizers[name]
+        self.scaler.unscale_(optimizer)
+        return gradient_norm([p for group in optimizer.param_groups for p in group["params"]])
+
+    def scaling(self) -> dict[str, float]:
+        """Metrics of float16 training; none in other precisions."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {"loss_scale": self.scaler.get_scale(), "skipped_steps": float(self.skipped)}
+
     # ---- state
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,6 +119,10 @@ class Stage:
         if self.ema is not None:
             out |= {f"ema.{name}": value for name, value in self.ema.average.items()}
             out["ema_updates"] = torch.tensor(self.ema.updates)
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            values = [scaler["scale"], scaler["_growth_tracker"], self.skipped]
+            out["scaler"] = torch.tensor(values, dtype=torch.float64)
         return out | {f"extra.{name}": value for name, value in self.extra.items()}
 
     @torch.no_grad()
@@ -95,6 +135,11 @@ class Stage:
         if self.ema is not None:
             state.load_tensors("ema", self.ema.average, tensors, what)
             self.ema.updates = int(tensors["ema_updates"])
+        if self.scaler.is_enabled() and "scaler" in tensors:  # absent: it ran in another precision
+            scale, tracker, skipped = tensors["scaler"].tolist()
+            own = {"scale": scale, "_growth_tracker": int(tracker)}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **own})
+            self.skipped = int(skipped)
         state.load_tensors("extra", self.extra, tensors, what)
 
     # ---- the guard
@@ -109,12 +154,19 @@ class Stage:
         return [(x, x.detach().clone()) for x in self.untrained()]
 
     @torch.no_grad()
-    def refuse(self, snapshot: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Forget the step: gradients go, written buffers come back."""
+    def refuse(self, snapshot: Sequence[tuple[Tensor, Tensor]], error: BadStep) -> None:
+        """Forget the step: gradients go, written buffers come back. Marks an overflow as one."""
         for x, kept in snapshot:
             x.copy_(kept)
         for optimizer, _ in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            before = self.scaler.get_scale()
+            self.scaler.update()
+            # at a scale of 1 it is no overflow of ours: the gradients themselves are not finite
+            halved = self.scaler.get_scale() < before and before > 1
+            error.overflow = halved and "gradient" in error.detail
+            self.skipped += error.overflow
 
     def check(self, parts: Mapping[str, Tensor]) -> None:
         """BadStep naming the first component that is not finite on any rank. One host

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vqfast.checkpoints import native
 from vqfast.config import ConfigError
+from vqfast.errors import CheckpointError
 from vqfast.losses import Stage1Loss
 from vqfast.metrics import perplexity, psnr, usage
 from vqfast.models.vqgan import VQGAN, VQGANConfig
@@ -31,7 +32,7 @@ from vqfast.train.distributed import World
 from vqfast.train.ema import EMA
 from vqfast.train.feed import ImageFeed, held_out_images, open_sources
 from vqfast.train.settings import DataSection, LossSection, TokenizerTrain
-from vqfast.train.stage import BadStep, Stage, clip, gradient_norm
+from vqfast.train.stage import BadStep, Stage, clip
 from vqfast.train.taming_yaml import translate_tokenizer
 
 __all__ = ["TokenizerConfig", "TokenizerStage", "run"]
@@ -93,7 +94,7 @@ class TokenizerStage(Stage):
     kind = "tokenizer"
 
     def __init__(self, config: TokenizerConfig, world: World, held: Tensor | None):
-        super().__init__(world)
+        super().__init__(world, config.train.precision)
         self.config, self._held = config, held
         train = config.train
         self.model = VQGAN(config.model).to(world.device)
@@ -128,6 +129,11 @@ class TokenizerStage(Stage):
             return Stage1Loss(in_channels=model.out_ch, image_size=self.config.data.size, **section)
         except ValueError as error:
             raise ConfigError(f"loss.{error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. Pass loss.perceptual_weights=FILE for the trunk and "
+                "loss.perceptual_heads=FILE (or none) for the heads, or loss.perceptual_weight=0"
+            ) from None
 
     def _add(self, name: str, module: nn.Module) -> None:
         self.modules[name] = module
@@ -140,10 +146,6 @@ class TokenizerStage(Stage):
 
     def _keep_latents(self, _: nn.Module, __: Any, output: Tensor) -> None:
         self._latents = output.detach()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        on = self.config.train.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on)
 
     # ---- one step
 
@@ -172,9 +174,10 @@ class TokenizerStage(Stage):
                 kept = self.snapshot()
                 self._critic_passes(images, [self._reconstruct(x) for x in images], rows, step)
                 self._update(["discriminator"], rows)
-        except BadStep:
-            self.refuse(kept)
+        except BadStep as error:
+            self.refuse(kept, error)
             raise
+        self.scaler.update()
         return self._metrics(step, rows, norm)
 
     def _before(self, step: int, x: Tensor) -> None:
@@ -206,10 +209,10 @@ class TokenizerStage(Stage):
         """Forward and backward of the autoencoder; the components of its loss, x̂ and the codes,
         without gradient.
         """
-        with self._autocast():
+        with self.autocast():
             x_hat, codebook, info = self._net(x)
             out = self.loss.generator(x, x_hat, codebook, self.model.last_layer, step)
-        (out.total / passes).backward()
+        self.scaler.scale(out.total / passes).backward()
         return {
             "rec_loss": out.parts["rec"],
             "p_loss": out.parts["perceptual"],
@@ -227,7 +230,7 @@ class TokenizerStage(Stage):
         """x̂ of the updated autoencoder. An EMA codebook does not count this second look."""
         frozen = self.config.model.quantizer == "ema"
         self.model.quantize.train(not frozen)
-        with self._autocast():
+        with self.autocast():
             x_hat = self.model(x)[0].float()
         self.model.quantize.train(True)
         return x_hat
@@ -237,9 +240,9 @@ class TokenizerStage(Stage):
     ) -> None:
         for i, (x, fake, row) in enumerate(zip(images, fakes, rows, strict=True)):
             with self._sync(self._critic, i + 1 == len(images)):
-                with self._autocast():
+                with self.autocast():
                     value, parts = self._critic(x, fake, step)
-                (value / len(images)).backward()
+                self.scaler.scale(value / len(images)).backward()
             row["disc_loss"] = parts["gan"]
             row |= {name: parts[name] for name in ("logits_real", "logits_fake")}
 
@@ -247,7 +250,7 @@ class TokenizerStage(Stage):
         self, nets: Sequence[str], rows: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Guard, clip and step; the gradient norms. BadStep before any weight of `nets` moves."""
-        norms = {net: gradient_norm(self._weights[net]) for net in nets}
+        norms = {net: self.unscaled_norm(net) for net in nets}
         parts: dict[str, Tensor] = {}
         if "model" in nets:
             names = ("rec_loss", "p_loss", "quant_loss", "g_loss", "d_weight")
@@ -331,7 +334,7 @@ class TokenizerStage(Stage):
     def _for_use(self) -> Iterator[None]:
         self.train_mode(False)
         average = self.ema.applied() if self.ema is not None else contextlib.nullcontext()
-        with average, torch.no_grad(), self._autocast():
+        with average, torch.no_grad(), self.autocast():
             yield
 
     def validate(self) -> dict[str, float]:

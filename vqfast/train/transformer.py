@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vqfast.checkpoints import native
 from vqfast.config import ConfigError
+from vqfast.data.codes import CodesDataset
 from vqfast.engine import Engine
 from vqfast.models import conditioning as conditions
 from vqfast.models.gpt import GPT, GPTConfig
@@ -31,7 +32,7 @@ from vqfast.train.ema import EMA
 from vqfast.train.feed import ImageFeed, open_sources
 from vqfast.train.loop import Feed
 from vqfast.train.settings import DataSection, TransformerModel, TransformerTrain
-from vqfast.train.stage import BadStep, Stage, clip, gradient_norm
+from vqfast.train.stage import BadStep, Stage, clip
 from vqfast.train.taming_yaml import translate_transformer
 
 __all__ = ["TransformerConfig", "TransformerStage", "run"]
@@ -73,9 +74,9 @@ class TransformerStage(Stage):
         world: World,
         encoder: codes.Encoder,
         conditioning: Any,
-        held: Mapping[str, Tensor] | None,
+        held: CodesDataset | None,
     ):
-        super().__init__(world)
+        super().__init__(world, config.train.precision)
         self.config, self._encoder, self._held = config, encoder, held
         self.tokenizer, self.conditioning = encoder.tokenizer, conditioning
         train = config.train
@@ -123,16 +124,15 @@ class TransformerStage(Stage):
         names = GPTConfig.__dataclass_fields__
         return GPTConfig(**{name: value for name, value in model.items() if name in names})
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        on = self.config.train.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on)
-
     # ---- one step
 
     def _tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Image codes [B, T] and condition tokens [B, Tc] of a batch, on the device."""
         device = self.world.device
-        image = batch["codes"] if "codes" in batch else self._encoder.codes(batch["image"])
+        if "codes" in batch:
+            image = batch["codes"]
+        else:
+            image = self._encoder.codes(batch["image"]).flatten(1)
         if "condition" in batch:
             condition = batch["condition"]
         elif self.conditioning.kind == "class":
@@ -160,18 +160,19 @@ class TransformerStage(Stage):
                 wrapped = isinstance(net, nn.parallel.DistributedDataParallel)
                 sync = contextlib.nullcontext() if last or not wrapped else net.no_sync()
                 with sync:
-                    with self._autocast():
+                    with self.autocast():
                         value = self._net(image, condition) / len(batches)
-                    value.backward()
+                    self.scaler.scale(value).backward()
                 total += value.detach()
-            norm = gradient_norm(self._weights)
+            norm = self.unscaled_norm("model")
             self.check({"cross-entropy loss": total, "cross-entropy gradient": norm})
-        except BadStep:
-            self.refuse(kept)
+        except BadStep as error:
+            self.refuse(kept, error)
             raise
         clip(self._weights, norm, train.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         if self.ema is not None:
             self.ema.update()
         rate = optimizer.param_groups[0]["lr"]
@@ -206,12 +207,10 @@ class TransformerStage(Stage):
         if self._held is None:
             return {}
         total, size = 0.0, self.config.data.batch_size
-        n = len(self._held["codes"])
-        with self._for_use(), self._autocast():
-            for first in range(0, n, size):
-                part = {k: v[first : first + size] for k, v in self._held.items() if len(v) == n}
-                part = {k: v.long() for k, v in part.items()}
-                image, condition = self._tokens(part)
+        n = min(len(self._held), self.config.train.val_images)
+        with self._for_use(), self.autocast():
+            for rows in torch.arange(n).split(size):
+                image, condition = self._tokens(self._held.rows(rows))
                 total += self.model.loss(image, condition).item() * len(image)
         return {"loss": total / n}
 
@@ -272,21 +271,51 @@ def _conditioning(config: TransformerConfig, tokenizer: VQGAN, names: list[str] 
 def _build(
     config: TransformerConfig, world: World, out: Path | None
 ) -> tuple[TransformerStage, Feed]:
-    data, train = config.data, config.train
     if not config.tokenizer:
         raise ConfigError("tokenizer: not given; --tokenizer names the model of stage 1")
     tokenizer = VQGAN.from_pretrained(config.tokenizer).to(world.device)
     tokenizer.requires_grad_(False)
+    if codes.are_codes(config.data):
+        return _from_codes(config, world, tokenizer)
+    return _from_pictures(config, world, out, tokenizer)
+
+
+def _from_codes(
+    config: TransformerConfig, world: World, tokenizer: VQGAN
+) -> tuple[TransformerStage, Feed]:
+    """Stage and feed on files of codes. The tokenizer is part of the pipeline, and makes the
+    samples.
+    """
+    data, train = config.data, config.train
+    if config.model.conditioning == "image":
+        raise ConfigError("model.conditioning: image needs pictures, the data are codes")
+    dataset, held = codes.given_codes(data, tokenizer)
+    held = held if train.val_every else None
+    condition = _conditioning(config, tokenizer, dataset.class_names).to(world.device)
+    if condition.kind == "class":
+        codes.check_labels([dataset, held], condition.n_classes)
+    manifest = dataset.manifest()
+    feed = codes.CodeFeed(dataset, manifest, data, train.seed, world, train.accumulate)
+    encoder = codes.Encoder(tokenizer, None, world)
+    return TransformerStage(config, world, encoder, condition, held), feed
+
+
+def _from_pictures(
+    config: TransformerConfig, world: World, out: Path | None, tokenizer: VQGAN
+) -> tuple[TransformerStage, Feed]:
+    """Stage and feed on pictures: encoded once where that is possible, else in each step."""
+    data, train = config.data, config.train
     data.size = data.size or tokenizer.config.resolution
     if data.size % tokenizer.config.factor:
         raise ConfigError(
             f"data.size: must be a multiple of {tokenizer.config.factor}, got {data.size}"
         )
     source, held_source = open_sources(data)
+    held_source = held_source if train.val_every else None
     stage_c = _conditioning(config, tokenizer, source.class_names)
     stage_c = stage_c.to(world.device).eval().requires_grad_(False)
     if stage_c.kind == "class":
-        codes.check_labels((source.label(i) for i in range(len(source))), source.root)
+        codes.check_labels([source, held_source], stage_c.n_classes)
     own = stage_c if stage_c.kind == "tokenizer" else tokenizer
     encoder = codes.Encoder(tokenizer, own if config.model.conditioning == "image" else None, world)
     feed: Feed
@@ -298,14 +327,13 @@ def _build(
         # one rank computes, the others read what it stored
         if not world.main:
             world.barrier()
-        table = codes.code_table(source, data, encoder, out)
+        made = codes.encode_pictures(source, data, encoder, out)
         if world.main:
             world.barrier()
-        feed = codes.CodeFeed(table, source.manifest(), data, train.seed, world, train.accumulate)
+        feed = codes.CodeFeed(made, source.manifest(), data, train.seed, world, train.accumulate)
     held = None
-    if train.val_every and held_source is not None:
-        held = codes.code_table(held_source, data, encoder, None)
-        held = {name: x[: train.val_images] for name, x in held.items() if name != "bad"}
+    if held_source is not None:
+        held = codes.encode_pictures(held_source, data, encoder, None)
     return TransformerStage(config, world, encoder, stage_c, held), feed
 
 
