@@ -159,6 +159,8 @@ def case(seed: int, index: int) -> Search:
     room = int(_SEARCH_NS / (K * pair_ns))
     room = max(2, min(room, d.r.choice((256, 1024, 4096))))
     N = room if d.r.random() < 0.7 else d.size(room)
+    if d.r.random() < 0.02:  # few dimensions, many rows and codes: worth an index over the codes
+        N, K, D = d.r.randrange(1500, 5000), 1024 + d.size(8192), d.size(6)
     z, codebook = KINDS[kind](d, N, K, D)
     kinds = d.r.choices(DTYPES, (0.6, 0.2, 0.2), k=2)
     kinds = kinds if d.r.random() < 0.15 else kinds[:1] * 2
