@@ -46,8 +46,7 @@ def small(op: str) -> Iterator[tuple[str, tuple]]:
 
 def call(op: str, backend: str, inputs: tuple) -> tuple:
     with _dispatch.backend(backend):
-        outs = _dispatch.OPS[op](*inputs)
-    return (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
+        return check.results(op, _dispatch.OPS[op], inputs)
 
 
 def equal(a: tuple, b: tuple) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqfast import _dispatch, _native, ops
 from vqfast.testing import cases, check_case
-from vqfast.testing.check import variants
+from vqfast.testing.check import results, variants
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE = _native.load() is not None
@@ -60,7 +60,7 @@ def test_equal_runs_and_thread_counts_give_equal_bits(raw, sample, case):
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            runs.append(_tuple(op(*inputs)))
+            runs.append(results(raw, op, inputs))
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
@@ -81,14 +81,14 @@ def test_compiles_without_a_graph_break(raw, sample, case):
     rest = [x for x in inputs if not isinstance(x, Tensor)]
 
     def call(*tensors):
-        return op(*tensors, *rest)
+        return results(raw, op, (*tensors, *rest))
 
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if any(isinstance(x, Tensor) for x in inputs[len(tensors) :]):
         pytest.skip("scalars stand between tensors")
     torch._dynamo.reset()  # the cases share one code object, and its recompilations are limited
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for a, b in zip(_tuple(compiled(*tensors)), _tuple(call(*tensors)), strict=True):
+    for a, b in zip(compiled(*tensors), call(*tensors), strict=True):
         assert torch.equal(a, b)
 
 

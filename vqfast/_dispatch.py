@@ -123,7 +123,8 @@ class Op:
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, self._run, key)
         self._packet = getattr(torch.ops.vqfast, self.name).default
-        self._defaults = [_stand_in(a.type) for a in self._packet._schema.arguments]
+        self.arguments = self._packet._schema.arguments
+        self._defaults = [_stand_in(a.type) for a in self.arguments]
         OPS[self.name] = self
 
     def __call__(self, *inputs: Any) -> Any:

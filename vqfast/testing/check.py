@@ -36,6 +36,16 @@ def _tuple(x: Any) -> tuple:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
+def results(op: str, function: Any, inputs: tuple) -> tuple:
+    """What `function`, the op or its reference, gives: its outputs, then the tensors that the
+    schema lets it write, as written. Those are copied first, so the inputs themselves stay."""
+    schema = _dispatch.OPS[op].arguments
+    writes = [bool(a.alias_info and a.alias_info.is_write) for a in schema]
+    copies = tuple(x.clone() if w else x for x, w in zip(inputs, writes, strict=True))
+    outs = _tuple(function(*copies))
+    return outs + tuple(x for x, w in zip(copies, writes, strict=True) if w)
+
+
 def variants(module: ModuleType) -> list[tuple[str, Any]]:
     """(op name, function that makes its inputs) of an op file: the forward, and the backward where
     inputs are given."""
@@ -74,13 +84,13 @@ def check_case(op: str, inputs: tuple, backend: str) -> tuple[bool, float, str]:
     made = _dispatch.OPS[op]
     kept = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
     with torch.no_grad(), _dispatch.backend(backend):
-        outs = _tuple(made(*inputs))
+        outs = results(op, made, inputs)
     for i, (a, b) in enumerate(zip(inputs, kept, strict=True)):
         if isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()):
             return False, float("inf"), f"input {i} was changed"
     with torch.no_grad():
-        plain = _tuple(made.reference(*inputs))
-        exact = _tuple(made.reference(*map(_as64, inputs)))
+        plain = results(op, made.reference, inputs)
+        exact = results(op, made.reference, tuple(map(_as64, inputs)))
     return compare_outputs(op, outs, plain, exact)
 
 
