@@ -26,9 +26,14 @@ def _case(op: str, id: str, tags: str, **shape: int) -> Case:
     return Case(id, op, shape, frozenset(tags.split()))
 
 
+_OVER_CODES = (
+    "nearest", "quantize", "straight_through", "code_order", "code_stats",
+)  # fmt: skip
+
+
 def _codes(id: str, tags: str, N: int, K: int, D: int) -> list[Case]:
     """A shape of the ops over codes."""
-    return [_case(op, id, tags, N=N, K=K, D=D) for op in ("nearest", "code_stats", "quantize")]
+    return [_case(op, id, tags, N=N, K=K, D=D) for op in _OVER_CODES]
 
 
 CASES: tuple[Case, ...] = (
