@@ -192,6 +192,16 @@ def _quantize():
     yield "quantize_backward", (None, meta(), z, codes, *_in_order(8192, 16384), 0.25, 1.0)
 
 
+def _ema_stats():
+    for dtype, D in ((F32, 256), (BF16, 1000), (F16, 8)):
+        yield "ema_stats", (meta(8192, D, dtype=dtype), *_in_order(8192, 16384))
+
+
+def _ema_update():
+    for K, D in ((16384, 256), (1024, 8), (300, 500)):
+        yield "ema_update", (meta(K), meta(K, D), meta(K, D), meta(K, D + 1), 0.99, 1e-5)
+
+
 def _causal_attention():
     for d, dtype in ((64, BF16), (64, F32), (128, F16), (256, BF16)):
         packed = meta(2, 257, 3, 4, d, dtype=dtype).transpose(1, 3)
@@ -237,6 +247,8 @@ CASES = {
     "causal_attention": _causal_attention,
     "cross_entropy": _cross_entropy,
     "code_stats": _code_stats,
+    "ema_stats": _ema_stats,
+    "ema_update": _ema_update,
     "group_norm_silu": _group_norm_silu,
     "nearest": _nearest,
     "quantize": _quantize,

@@ -1,4 +1,4 @@
-"""The Triton kernels around `quantize`, under the interpreter (no GPU).
+"""The Triton kernels around `quantize` and the EMA codebook, under the interpreter (no GPU).
 
 As tests/test_triton_interpret.py: TRITON_INTERPRET must be set before triton is imported, so a
 child, this very file, runs the checks and prints a JSON line each.
@@ -96,6 +96,32 @@ def a_gradient_near_the_codes_is_not_lost_in_rounding():
     _, found = run("quantize_backward", None, torch.tensor(120.0), z, codebook, *rows, 0.25, 1.0)
     right = (codebook.double()[:, None] - z.double().view(20, 3, 4).transpose(0, 1)).sum(1)
     assert (found - right).abs().max() < 1e-6 * right.abs().max()
+
+
+@check
+def statistics_leave_bad_rows_out():
+    from vqfast.ops import code_order
+
+    for what, z, codebook, indices in each_spread():
+        z[1::4, 0], z[2::7, -1] = float("nan"), -float("inf")
+        rows = code_order(indices, len(codebook))
+        (packed,) = within(what, "ema_stats", z, *rows)
+        counts = torch.bincount(indices[z.isfinite().all(1)], minlength=len(codebook))
+        assert torch.equal(packed[:, -1], counts.float()), what
+
+
+@check
+def averages_move_in_place():
+    from vqfast.ops.ema_update import sample_inputs
+    from vqfast.testing import Case
+
+    for N, K, D in ((1, 5, 3), (1, 70, 300), (0, 7, 4), (1, 2100, 2)):
+        for decay in (0.99, 0.2, 0.0):
+            case = Case("", "ema_update", {"N": N, "K": K, "D": D}, frozenset())
+            inputs = (*sample_inputs(case, torch.float32, "cpu")[:4], decay, 1e-5)
+            _, *moved = within(f"{K} {D} {decay}", "ema_update", *inputs)
+            if N == 0:  # a batch without rows
+                assert all(torch.equal(a, b) for a, b in zip(moved, inputs[:3], strict=True))
 
 
 def _child():
