@@ -26,18 +26,14 @@ namespace {
 
 #include "row_doubles.h"
 
-// total (+)= c - z
-VQFAST_INLINE void add_difference(const float* c, const float* z, int64_t n, bool first,
-                                  double* total) {
+// total += c - z
+VQFAST_INLINE void add_difference(const float* c, const float* z, int64_t n, double* total) {
   int64_t i = 0;
   for (; i + kHalfLanes <= n; i += kHalfLanes) {
     const VD d = to_double(load_h(c + i)) - to_double(load_h(z + i));
-    store_d(total + i, first ? d : load_d(total + i) + d);
+    store_d(total + i, load_d(total + i) + d);
   }
-  for (; i < n; ++i) {
-    const double d = static_cast<double>(c[i]) - static_cast<double>(z[i]);
-    total[i] = first ? d : total[i] + d;
-  }
+  for (; i < n; ++i) total[i] += static_cast<double>(c[i]) - static_cast<double>(z[i]);
 }
 
 // out = upstream + step (z - c)
@@ -52,6 +48,51 @@ VQFAST_INLINE void pass_through(const T* upstream, const float* z, const float* 
   for (; i + kLanes <= n; i += kLanes) at(i, kLanes);
   at(i, static_cast<int>(n - i));
 }
+
+// The rows of one code, columns left .. left + n: writes their gradients and adds up c - z.
+template <class T>
+struct Rows {
+  const T *upstream, *z;  // upstream may be null
+  T* grad_z;
+  const int64_t* order;
+  int64_t D, left, n;
+  VF step;
+
+  // total [n] += the differences of order[begin .. end); `stop` is where this thread's rows end
+  void wide(const float* c, int64_t begin, int64_t end, int64_t stop, float* room,
+            double* total) const {
+    for (int64_t j = begin; j < end; ++j) {
+      if (j + kAhead < stop) {
+        const int64_t next = order[j + kAhead] * D + left;
+        fetch_ahead(z + next, n);
+        if (upstream) fetch_ahead(upstream + next, n);
+        fetch_ahead<true>(grad_z + next, n);
+      }
+      const int64_t at = order[j] * D + left;
+      const float* row = as_floats(z + at, n, room);
+      add_difference(c, row, n, total);
+      pass_through(upstream ? upstream + at : nullptr, row, c, step, n, grad_z + at);
+    }
+  }
+
+  // the same for n <= kLanes: the sums stay in registers
+  void narrow(const float* c, int64_t begin, int64_t end, double* total) const {
+    const int lanes = static_cast<int>(n);
+    const VF code = load_n(c, lanes);
+    const VD code_low = to_double(low_half(code)), code_high = to_double(high_half(code));
+    VD sum_low = load_d(total), sum_high = load_d(total + kHalfLanes);
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t at = order[j] * D + left;
+      const VF row = load_n(z + at, lanes);
+      const VF from_above = upstream ? load_n(upstream + at, lanes) : VF{};
+      store_n(grad_z + at, from_above + (row - code) * step, lanes);
+      sum_low += code_low - to_double(low_half(row));
+      sum_high += code_high - to_double(high_half(row));
+    }
+    store_d(total, sum_low);
+    store_d(total + kHalfLanes, sum_high);
+  }
+};
 
 template <class C>
 VQFAST_INLINE void scale_into(const double* total, double step, int64_t n, float* room, C* out) {
@@ -76,7 +117,8 @@ void backward(const Args& a) {
   const double step_codes = mean * a.s[1].f;
   for_codes(a.threads, start, K, D, [&](int64_t first, int64_t last, int64_t left, int64_t right) {
     const int64_t n = right - left;
-    std::vector<double> total(n);
+    const Rows<T> rows{upstream, z, grad_z, order, D, left, n, step};
+    std::vector<double> total(std::max<int64_t>(n, kLanes));
     std::vector<float> room(3 * n);
     for (int64_t k = first; k < last; ++k) {
       C* out = grad_codes + k * D + left;
@@ -85,17 +127,12 @@ void backward(const Args& a) {
         continue;
       }
       const float* c = as_floats(codebook + k * D + left, n, room.data());
-      for (int64_t j = start[k]; j < start[k + 1]; ++j) {
-        if (j + kAhead < start[last]) {
-          const int64_t next = order[j + kAhead] * D + left;
-          fetch_ahead(z + next, n);
-          if (upstream) fetch_ahead(upstream + next, n);
-          fetch_ahead<true>(grad_z + next, n);
-        }
-        const int64_t at = order[j] * D + left;
-        const float* row = as_floats(z + at, n, room.data() + n);
-        add_difference(c, row, n, j == start[k], total.data());
-        pass_through(upstream ? upstream + at : nullptr, row, c, step, n, grad_z + at);
+      // minus zero is what leaves every first term as it is
+      std::fill(total.begin(), total.end(), -0.0);
+      if (n <= kLanes) {
+        rows.narrow(c, start[k], start[k + 1], total.data());
+      } else {
+        rows.wide(c, start[k], start[k + 1], start[last], room.data() + n, total.data());
       }
       scale_into(total.data(), step_codes, n, room.data() + 2 * n, out);
     }

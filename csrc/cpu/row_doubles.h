@@ -22,6 +22,17 @@ VQFAST_INLINE void store_d(double* p, VD v) { __builtin_memcpy(p, &v, sizeof v);
 VQFAST_INLINE VD to_double(VH v) { return __builtin_convertvector(v, VD); }
 VQFAST_INLINE VH to_single(VD v) { return __builtin_convertvector(v, VH); }
 
+VQFAST_INLINE VH low_half(VF v) {
+  VH h;
+  __builtin_memcpy(&h, &v, sizeof h);
+  return h;
+}
+VQFAST_INLINE VH high_half(VF v) {
+  VH h;
+  __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof h, sizeof h);
+  return h;
+}
+
 // Rows are visited in the order of codes, which no hardware prefetcher foresees.
 template <bool Write = false, class T>
 VQFAST_INLINE void fetch_ahead(const T* row, int64_t n) {

@@ -13,10 +13,8 @@
 //   N·D values of z, of codes and of z_q move, and no N x D temporary.
 // Ladder: 1. torch: index_select, subtraction, square, sum, conversion: 7 passes over N·D values
 //   and two temporaries. 2. this.
-#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "half.h"
@@ -48,11 +46,19 @@ VQFAST_INLINE void add_squares(const float* z, const float* c, int64_t D, VD* su
   };
   for (; i + kSums <= D; i += kSums)
     for (int v = 0; v < kVectors; ++v) sums[v] += square(i + v * kHalfLanes);
-  int v = 0;
-  for (; i + kHalfLanes <= D; i += kHalfLanes) sums[v++] += square(i);
-  for (int j = 0; i < D; ++i, ++j) {
-    const double d = static_cast<double>(c[i]) - static_cast<double>(z[i]);
-    sums[v][j] += d * d;
+  // the rest; every index of sums is a constant, so that they stay in registers
+  for (int v = 0; v < kVectors; ++v) {
+    if (i + kHalfLanes <= D) {
+      sums[v] += square(i);
+      i += kHalfLanes;
+    } else if (i < D) {
+      double tail[kHalfLanes] = {};
+      for (int j = 0; i < D; ++i, ++j) {
+        const double d = static_cast<double>(c[i]) - static_cast<double>(z[i]);
+        tail[j] = d * d;
+      }
+      sums[v] += load_d(tail);
+    }
   }
 }
 
@@ -87,11 +93,7 @@ void forward(const Args& a) {
         if (n + kAhead < end) fetch_ahead(codebook + code[n + kAhead] * D, D);
         const float* c = as_floats(codebook + code[n] * D, D, room.data());
         add_squares(as_floats(z + n * D, D, room.data() + D), c, D, sums);
-        if constexpr (std::is_same_v<T, C>) {
-          std::memcpy(z_q + n * D, codebook + code[n] * D, D * sizeof(T));
-        } else {
-          from_floats(c, D, z_q + n * D);
-        }
+        from_floats(c, D, z_q + n * D);
       }
       partial[first / kRows] = pairwise(sums);
     }
