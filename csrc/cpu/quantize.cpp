@@ -87,7 +87,7 @@ struct Rows {
       const VF from_above = upstream ? load_n(upstream + at, lanes) : VF{};
       store_n(grad_z + at, from_above + (row - code) * step, lanes);
       sum_low += code_low - to_double(low_half(row));
-      sum_high += code_high - to_double(high_half(row));
+      if (lanes > kHalfLanes) sum_high += code_high - to_double(high_half(row));
     }
     store_d(total, sum_low);
     store_d(total + kHalfLanes, sum_high);

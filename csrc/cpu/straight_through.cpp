@@ -62,6 +62,25 @@ VQFAST_INLINE void add_squares(const float* z, const float* c, int64_t D, VD* su
   }
 }
 
+// A block of rows of D <= kLanes: the sums stay in registers, the lanes beyond D add zero.
+template <class T, class C>
+void narrow_rows(const T* z, const C* codebook, const int64_t* code, int64_t rows, int64_t D,
+                 T* z_q, VD* sums) {
+  const int lanes = static_cast<int>(D);
+  VD sum_low = {}, sum_high = {};
+  for (int64_t n = 0; n < rows; ++n) {
+    const VF c = load_n(codebook + code[n] * D, lanes), x = load_n(z + n * D, lanes);
+    const VD low = to_double(low_half(c)) - to_double(low_half(x));
+    store_n(z_q + n * D, c, lanes);
+    sum_low += low * low;
+    if (lanes <= kHalfLanes) continue;
+    const VD high = to_double(high_half(c)) - to_double(high_half(x));
+    sum_high += high * high;
+  }
+  sums[0] = sum_low;
+  sums[1] = sum_high;
+}
+
 inline double pairwise(const VD* sums) {
   double x[kSums];
   for (int v = 0; v < kVectors; ++v) store_d(x + v * kHalfLanes, sums[v]);
@@ -89,7 +108,10 @@ void forward(const Args& a) {
     std::vector<float> room(sizeof(T) + sizeof(C) < 8 ? 2 * D : 0);
     for (int64_t first = begin; first < end; first += kRows) {
       VD sums[kVectors] = {};
-      for (int64_t n = first; n < std::min(end, first + kRows); ++n) {
+      const int64_t last = std::min(end, first + kRows);
+      if (D <= kLanes)
+        narrow_rows(z + first * D, codebook, code + first, last - first, D, z_q + first * D, sums);
+      for (int64_t n = first; n < last && D > kLanes; ++n) {
         if (n + kAhead < end) fetch_ahead(codebook + code[n + kAhead] * D, D);
         const float* c = as_floats(codebook + code[n] * D, D, room.data());
         add_squares(as_floats(z + n * D, D, room.data() + D), c, D, sums);

@@ -12,12 +12,16 @@ Cost: forward reads N·D values of z and of codes and writes N·D; backward read
 Source: arXiv:1308.3432 section 4 (straight-through), arXiv:1711.00937 eq. 3 (commitment).
 """
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqfast._dispatch import Op
+
+# the function of this name replaces the module as attribute of vqfast.ops
+_code_order = importlib.import_module("vqfast.ops.code_order")
 
 BLOCK = 64  # rows of a partial sum
 
@@ -108,11 +112,11 @@ def commitment_grad(
 
 
 def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
-    """Seeded inputs of the raw op; `case.shape`: N, K, D; rows lie near their codes."""
+    """Seeded inputs of the raw op; `case.shape`: N, K, D; rows near their codes."""
     N, K, D = (case[k] for k in "NKD")
     g = torch.Generator().manual_seed(N + 31 * K + 977 * D)
     codebook = torch.randn(K, D, generator=g)
-    indices = torch.randint(K, (N,), generator=g)
+    indices, _ = _code_order.sample_inputs(case, dtype, "cpu")
     z = codebook[indices] + 0.3 * torch.randn(N, D, generator=g)
     return z.to(device, dtype), codebook.to(device, dtype), indices.to(device), 1.25
 

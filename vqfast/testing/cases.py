@@ -52,6 +52,7 @@ CASES: tuple[Case, ...] = (
     *_codes("smoke_d4", "smoke", 300, 257, 4),
     *_codes("smoke_d32", "smoke", 200, 515, 32),
     *_codes("smoke_d256", "smoke", 65, 130, 256),
+    *_codes("smoke_skewed", "smoke skewed", 257, 6, 64),  # most rows on one code
     *_codes("edge_n0", "edge", 0, 5, 3),
     *_codes("edge_n1_k1_d1", "edge", 1, 1, 1),
     *_codes("edge_primes", "edge", 127, 61, 17),
