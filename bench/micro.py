@@ -128,7 +128,7 @@ class Gate:
         """
         if not self._enabled or backend == "reference":
             return True
-        parts = ("nearest", "code_stats") if op == "quantize" else (op,)
+        parts = ("nearest", "straight_through", "quantize") if op == "quantize" else (op,)
         rows = [row for part in parts for row in self._checks(part) if row.backend == backend]
         bad = [row for row in rows if not row.ok]
         if not bad and (rows or part):

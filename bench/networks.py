@@ -37,7 +37,7 @@ _GPTS = {  # id: config, batch, tokens: 336 M and 38 M parameters
 _OPS = {
     "encode": ("group_norm_silu", "nearest"),
     "decode": ("group_norm_silu",),
-    "train_tokenizer": ("group_norm_silu", "nearest", "code_stats"),
+    "train_tokenizer": ("group_norm_silu", "nearest", "straight_through", "quantize"),
     "train_transformer": ("causal_attention", "cross_entropy"),
     "generate": ("decode_step", "sample_logits"),
 }

@@ -173,6 +173,35 @@ def _code_stats():
         yield "code_stats", (meta(8192, dtype=torch.int64), meta(8192, D, dtype=dtype), 16384)
 
 
+def _straight_through():
+    for dtype, D in ((F32, 256), (BF16, 256), (F16, 8), (F32, 300)):
+        z, codes = meta(8192, D, dtype=dtype), meta(16384, D)
+        yield "straight_through", (z, codes, meta(8192, dtype=torch.int64), 1.25)
+        yield "straight_through_backward", (z, meta(), z, z, 0.25)
+    yield "straight_through_backward", (None, meta(), z, z, 0.25)
+
+
+def _in_order(N, K):
+    return meta(N, dtype=torch.int64), meta(K + 1, dtype=torch.int64)
+
+
+def _quantize():
+    for dtype, D in ((F32, 256), (BF16, 256), (F32, 8), (F16, 300)):
+        z, codes = meta(8192, D, dtype=dtype), meta(16384, D)
+        yield "quantize_backward", (z, meta(), z, codes, *_in_order(8192, 16384), 0.25, 1.0)
+    yield "quantize_backward", (None, meta(), z, codes, *_in_order(8192, 16384), 0.25, 1.0)
+
+
+def _ema_stats():
+    for dtype, D in ((F32, 256), (BF16, 1000), (F16, 8)):
+        yield "ema_stats", (meta(8192, D, dtype=dtype), *_in_order(8192, 16384))
+
+
+def _ema_update():
+    for K, D in ((16384, 256), (1024, 8), (300, 500)):
+        yield "ema_update", (meta(K), meta(K, D), meta(K, D), meta(K, D + 1), 0.99, 1e-5)
+
+
 def _causal_attention():
     for d, dtype in ((64, BF16), (64, F32), (128, F16), (256, BF16)):
         packed = meta(2, 257, 3, 4, d, dtype=dtype).transpose(1, 3)
@@ -218,9 +247,13 @@ CASES = {
     "causal_attention": _causal_attention,
     "cross_entropy": _cross_entropy,
     "code_stats": _code_stats,
+    "ema_stats": _ema_stats,
+    "ema_update": _ema_update,
     "group_norm_silu": _group_norm_silu,
     "nearest": _nearest,
+    "quantize": _quantize,
     "sample_logits": _sample_logits,
+    "straight_through": _straight_through,
     "decode_attention": _decode_attention,
 }
 

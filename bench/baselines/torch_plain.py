@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 
 MEASURES = (
+    "code_order",
     "code_stats",
     "cross_entropy",
     "cross_entropy_backward",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "quantize_backward",
     "sample_logits",
+    "straight_through",
 )
 
 
@@ -29,6 +32,34 @@ def _code_stats(indices: torch.Tensor, z: torch.Tensor, K: int) -> Any:
         return torch.bincount(indices, minlength=K), sums.index_add_(0, indices, z.float())
 
     return stats
+
+
+def _code_order(indices: torch.Tensor, K: int) -> Any:
+    return lambda: torch.sort(indices, stable=True)
+
+
+def _straight_through(
+    z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor, weight: float
+) -> Any:
+    def forward() -> tuple:
+        z_q = F.embedding(indices, codebook)
+        return z_q, F.mse_loss(z_q, z) * weight
+
+    return forward
+
+
+def _quantize_backward(
+    grad_z_q: torch.Tensor, grad_loss: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor,
+    order: torch.Tensor, start: torch.Tensor, to_z: float, to_codes: float,
+) -> Any:  # fmt: skip
+    """Autograd of taming's two losses and its straight-through line, forward outside the clock."""
+    owner = torch.repeat_interleave(torch.arange(len(codebook), device=z.device), start.diff())
+    indices = torch.empty_like(order).scatter(0, order, owner)
+    z, codebook = (t.detach().clone().requires_grad_() for t in (z, codebook))
+    z_q = F.embedding(indices, codebook)
+    loss = to_z * (z_q.detach() - z).square().mean() + to_codes * (z_q - z.detach()).square().mean()
+    outs, grads = (z + (z_q - z).detach(), loss), (grad_z_q, grad_loss.to(loss.dtype))
+    return lambda: torch.autograd.grad(outs, (z, codebook), grads, retain_graph=True)
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> Any:

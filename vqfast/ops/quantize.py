@@ -4,12 +4,15 @@
     loss  = (b_z + b_c)·m        b_z = beta, b_c = 1; legacy: b_z = 1, b_c = beta
     ∂z_q/∂z := I,   ∂z_q/∂c := 0
     ∂loss/∂z_n = 2·b_z·(z_n − z_q,n)/(N·D)
-    ∂loss/∂c_k = 2·b_c·Σ_{n: idx_n = k} (z_q,n − z_n)/(N·D)
+    ∂loss/∂c_k = 2·b_c·Σ_{n: idx_n = k} (c_k − z_n)/(N·D)
 
-The codebook gradient is `code_stats` of the differences: deterministic, without a one-hot matrix.
-For "cosine" both sides are normalised first, outside the autograd function.
+Forward is `nearest`, then one pass (`straight_through`). `quantize_backward` takes the rows in the
+order of their codes (a counting sort) and gives both gradients in one pass: the sum over a code is
+of differences, in one order, without a one-hot matrix or atomic additions. Nothing of size N·D is
+kept for it but z itself. For "cosine" both sides are normalised first, outside the autograd
+function.
 
-Cost: that of `nearest`, and four passes over N·D values.
+Cost: that of `nearest`; forward 3·N·D values, backward 3·N·D + 2·K·D.
 Source: arXiv:1711.00937 eq. 1-3; CompVis/taming-transformers taming/modules/vqvae/quantize.py
 (VectorQuantizer2), FoundationVision/LlamaGen tokenizer (cosine).
 """
@@ -23,10 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqfast import _check
+from vqfast._dispatch import Op
 
 # functions of these names replace the modules as attributes of vqfast.ops
 _nearest = importlib.import_module("vqfast.ops.nearest")
-_code_stats = importlib.import_module("vqfast.ops.code_stats")
+_straight_through = importlib.import_module("vqfast.ops.straight_through")
+_code_order = importlib.import_module("vqfast.ops.code_order")
 
 
 class Quantized(NamedTuple):
@@ -37,6 +42,56 @@ class Quantized(NamedTuple):
     loss: Tensor  # [] float32 (float64 for float64 z)
 
 
+def _reference_backward(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    order: Tensor,
+    start: Tensor,
+    to_z: float,
+    to_codes: float,
+) -> tuple[Tensor, Tensor]:
+    """grad_z_q, z [N, D], codebook [K, D], order [N], start [K + 1] -> grad_z, grad_codes."""
+    wide = _straight_through.wide_type(z, codebook)
+    step = grad_loss.to(wide) * (2.0 / max(1, z.numel()))
+    # row j of the order belongs to the last code that starts at or before j
+    place = torch.arange(len(order), device=z.device)
+    owner = torch.searchsorted(start, place, right=True) - 1  # [N]
+    indices = torch.empty_like(order).scatter(0, order, owner)
+    difference = codebook.index_select(0, indices).to(wide) - z.to(wide)  # [N, D]
+    grad_z = difference * (-to_z * step)
+    if grad_z_q is not None:
+        grad_z = grad_z_q.to(wide) + grad_z
+    sums = torch.zeros(codebook.shape, dtype=torch.float64, device=z.device)
+    if z.device.type == "cpu":
+        sums.index_add_(0, indices, difference.double())
+    else:  # index_add_ is not deterministic there; index_put_ sorts first
+        sums.index_put_((indices,), difference.double(), accumulate=True)
+    return grad_z.to(z.dtype), (sums.to(wide) * (to_codes * step)).to(codebook.dtype)
+
+
+def _outputs_backward(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    order: Tensor,
+    start: Tensor,
+    to_z: float,
+    to_codes: float,
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), codebook.new_empty(codebook.shape)
+
+
+_BACKWARD = Op(
+    "quantize_backward(Tensor? grad_z_q, Tensor grad_loss, Tensor z, Tensor codebook, Tensor order,"
+    " Tensor start, float to_z, float to_codes) -> (Tensor, Tensor)",
+    reference=_reference_backward,
+    outputs=_outputs_backward,
+)
+
+
 class _Quantize(torch.autograd.Function):
     """z [N, D], codebook [K, D], indices [N] -> z_q [N, D], loss []; in float32 or wider."""
 
@@ -44,31 +99,38 @@ class _Quantize(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, codebook: Tensor, indices: Tensor, to_z: float, to_codes: float
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
-        codes = codebook.index_select(0, indices)  # [N, D]
-        difference = codes.to(wide) - z.to(wide)
-        mean = difference.square().sum() / max(1, difference.numel())
-        z_q = codes.to(z.dtype)
+        z, codebook = z.contiguous(), codebook.contiguous()
+        z_q, loss = _straight_through.straight_through(z, codebook, indices, to_z + to_codes)
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(z_q)
-        ctx.save_for_backward(difference, indices)
-        ctx.K, ctx.to_z, ctx.to_codes = len(codebook), to_z, to_codes
-        ctx.dtypes = z.dtype, codebook.dtype
-        return z_q, mean * (to_z + to_codes)
+        # z_q holds the codes: a codebook without gradient may move (EMA) before backward comes
+        ctx.codes_saved = not ctx.needs_input_grad[1] and z.dtype == codebook.dtype
+        ctx.save_for_backward(*((z, z_q) if ctx.codes_saved else (z, codebook, indices)))
+        ctx.set_materialize_grads(False)
+        ctx.to_z, ctx.to_codes = to_z, to_codes
+        return z_q, loss
 
     @staticmethod
     @once_differentiable  # a second derivative would be wrong in silence
-    def backward(ctx: Any, grad_z_q: Tensor, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        difference, indices = ctx.saved_tensors
-        step = grad_loss * (2.0 / max(1, difference.numel()))
-        grad_z = grad_codes = None
-        if ctx.needs_input_grad[0]:
-            wide = grad_z_q.to(difference.dtype) - difference * (step * ctx.to_z)
-            grad_z = wide.to(ctx.dtypes[0])
+    def backward(
+        ctx: Any, grad_z_q: Tensor | None, grad_loss: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # straight through, and nothing else
+            return grad_z_q, None, None, None, None
+        if grad_z_q is not None:
+            grad_z_q = grad_z_q.contiguous()
+        if ctx.codes_saved:
+            z, codes = ctx.saved_tensors
+        else:
+            z, codebook, indices = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            _, sums = _code_stats.collect(indices, difference, ctx.K)
-            grad_codes = (sums * (step * ctx.to_codes)).to(ctx.dtypes[1])
-        return grad_z, grad_codes, None, None, None
+            order, start = _code_order.code_order(indices, len(codebook))
+            inputs = (grad_z_q, grad_loss, z, codebook, order, start, ctx.to_z, ctx.to_codes)
+            return *_BACKWARD(*inputs), None, None, None
+        if not ctx.codes_saved:
+            codes = codebook.index_select(0, indices)
+        grads = _straight_through.commitment_grad(grad_z_q, grad_loss, z, codes, ctx.to_z)
+        return grads, None, None, None, None
 
 
 def quantize(
@@ -119,3 +181,13 @@ def quantize(
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Seeded inputs of the raw backward op; `case.shape`: N, K, D; rows lie near their codes."""
+    z, codebook, indices, _ = _straight_through.sample_inputs(case, dtype, "cpu")
+    order, start = _code_order._OP.reference(indices, len(codebook))
+    g = torch.Generator().manual_seed(1)
+    grad_z_q = (torch.randn(z.shape, generator=g) / max(1, z.numel())).to(dtype)
+    tensors = (grad_z_q, torch.tensor(1.7), z, codebook, order, start)
+    return *(t.to(device) for t in tensors), 0.25, 1.0

@@ -26,9 +26,15 @@ def _case(op: str, id: str, tags: str, **shape: int) -> Case:
     return Case(id, op, shape, frozenset(tags.split()))
 
 
+_OVER_CODES = (
+    "nearest", "quantize", "straight_through", "code_order", "code_stats", "ema_stats",
+    "ema_update",
+)  # fmt: skip
+
+
 def _codes(id: str, tags: str, N: int, K: int, D: int) -> list[Case]:
     """A shape of the ops over codes."""
-    return [_case(op, id, tags, N=N, K=K, D=D) for op in ("nearest", "code_stats", "quantize")]
+    return [_case(op, id, tags, N=N, K=K, D=D) for op in _OVER_CODES]
 
 
 def _step(id: str, tags: str, bits: int, **shape: int) -> Case:
@@ -50,6 +56,7 @@ CASES: tuple[Case, ...] = (
     *_codes("smoke_d4", "smoke", 300, 257, 4),
     *_codes("smoke_d32", "smoke", 200, 515, 32),
     *_codes("smoke_d256", "smoke", 65, 130, 256),
+    *_codes("smoke_skewed", "smoke skewed", 257, 6, 64),  # most rows on one code
     *_codes("edge_n0", "edge", 0, 5, 3),
     *_codes("edge_n1_k1_d1", "edge", 1, 1, 1),
     *_codes("edge_primes", "edge", 127, 61, 17),

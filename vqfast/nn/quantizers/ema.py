@@ -4,15 +4,16 @@
     c_k = s_k / ñ_k,    ñ_k = (n_k + eps) / (Σn + K·eps) · Σn
     loss = beta · mean((sg(c_idx) − z)²)
 
-The codebook is a buffer: no optimizer sees it. Statistics are summed over all ranks, so every rank
-holds the same codebook. The first batch of training gives the first codes: from N(0, 1) most codes
-would never be chosen. A code whose n_k falls under `dead_code_threshold` times the mean is set to a
-random latent of the batch (of rank 0), with the mean as its count.
+The codebook is a buffer: no optimizer sees it. Statistics are summed over all ranks, as one tensor,
+so every rank holds the same codebook. The first batch of training gives the first codes: from
+N(0, 1) most codes would never be chosen. A code whose n_k falls under `dead_code_threshold` times
+the mean is set to a random latent of the batch (of rank 0), with the mean as its count.
 
 Source: arXiv:1711.00937 appendix A.1; arXiv:2005.00341 section 3.1 (random restarts). taming's
 class of this name never ran: it uses names that do not exist.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 
 from vqfast import _check
 from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity, wide
-from vqfast.ops import code_stats, nearest, quantize
+from vqfast.ops import nearest, quantize
+
+# private ops; their functions replace the modules as attributes of vqfast.ops
+_ema_stats = importlib.import_module("vqfast.ops.ema_stats")
+_ema_update = importlib.import_module("vqfast.ops.ema_update")
 
 
 def _distributed() -> bool:
@@ -106,16 +111,15 @@ class EMAVectorQuantizer(Quantizer):
         Raises:
             TypeError, ValueError: z is not [B, embedding_dim, h, w] floating point.
         """
-        rows = channels_last(self._latents(z))  # [B, h, w, D]
-        flat = rows.detach().reshape(-1, self.e_dim)
-        healthy = flat.isfinite().all(1)
+        rows = channels_last(self._latents(z)).contiguous()  # [B, h, w, D]
+        flat = rows.detach().view(-1, self.e_dim)
         if self.training:
-            self._first_codes(flat[healthy])
+            self._first_codes(flat)
         with torch.autocast(z.device.type, enabled=False):
             # legacy with beta 0 is the commitment term alone
             q = quantize(rows, self.codebook(), beta=0.0, legacy=True)
             if self.training:
-                self._update(flat[healthy], q.indices.reshape(-1)[healthy])
+                self._update(flat, q.indices.reshape(-1))
         indices = q.indices if self.remap is None else self.remap_to_used(q.indices)
         if not self.sane_index_shape:
             indices = indices.reshape(-1)
@@ -123,14 +127,15 @@ class EMAVectorQuantizer(Quantizer):
         return q.z_q.movedim(-1, 1).to(z.dtype), self.beta * q.loss, info
 
     def _samples(self, flat: Tensor, n: int) -> Tensor | None:
-        """n random rows of flat [rows, D], none twice while there are enough; those of rank 0.
+        """n random finite rows of flat [rows, D], none twice while there are enough; of rank 0.
 
-        None when there are no rows.
+        None when there are no such rows.
         """
         packed = flat.new_zeros(n, self.e_dim + 1, dtype=torch.float32)  # rows, and 1 if they exist
-        if len(flat):
-            order = torch.randperm(len(flat))[torch.arange(n) % len(flat)]
-            packed[:, :-1], packed[:, -1] = flat[order.to(flat.device)], 1.0
+        healthy = flat.isfinite().all(1).nonzero()[:, 0]
+        if len(healthy):
+            order = torch.randperm(len(healthy))[torch.arange(n) % len(healthy)]
+            packed[:, :-1], packed[:, -1] = flat[healthy[order.to(flat.device)]], 1.0
         if _distributed():
             torch.distributed.broadcast(packed, src=0)
         return packed[:, :-1] if bool(packed[0, -1]) else None
@@ -148,20 +153,16 @@ class EMAVectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _update(self, flat: Tensor, indices: Tensor) -> None:
-        """flat [rows, D] finite, indices [rows]: one step of the averages."""
+        """flat [rows, D], indices [rows]: one step of the averages."""
         book = self.embedding
-        counts, sums = code_stats(indices, flat, self.n_e)
-        packed = torch.cat([sums.float(), counts[:, None].float()], dim=1)  # [K, D + 1]
+        packed = _ema_stats.ema_stats(indices, flat, self.n_e)  # [K, D + 1]
         if _distributed():
             torch.distributed.all_reduce(packed)
-        if not bool(packed[:, -1].any()):  # no rows on any rank
-            return
-        book.cluster_size.lerp_(packed[:, -1].to(book.weight.dtype), 1.0 - self.decay)
-        book.embed_avg.lerp_(packed[:, :-1].to(book.weight.dtype), 1.0 - self.decay)
-        total = book.cluster_size.sum()
-        smooth = (book.cluster_size + self.eps) / (total + self.n_e * self.eps) * total
-        book.weight.copy_(book.embed_avg / smooth[:, None])
-        self._revive(flat, total / self.n_e)
+        totals = _ema_update.ema_update(
+            book.cluster_size, book.embed_avg, book.weight, packed.to(book.weight.dtype),
+            decay=self.decay, eps=self.eps,
+        )  # fmt: skip
+        self._revive(flat, totals[0] / self.n_e)
 
     def _revive(self, flat: Tensor, mean: Tensor) -> None:
         book = self.embedding
