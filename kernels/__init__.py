@@ -1,9 +1,9 @@
 """Triton kernels, one file per op; installed as `vqfast.kernels` and loaded by name, op by op.
 
-`<file>.<op>(*inputs, *outputs) -> None` launches; `<file>.unsupported_<op>(*inputs)` gives the
-reason why inputs cannot
-run, or None. Kernels import torch, triton and `_tuning` alone: nothing of vqfast, and never one
-another.
+`<file>.<op>(*inputs, *outputs, *scratch) -> None` launches; `<file>.unsupported_<op>(*inputs)`
+gives the reason why inputs cannot run, or None; `<file>.scratch_<op>(*inputs)` makes the scratch
+memory of an op that needs some. Kernels import torch, triton, `_tuning` and private parts of their
+own op (`_nearest_screen`): nothing of vqfast, and never one another.
 """
 
 if (

@@ -19,6 +19,11 @@ def hopper(t: Tensor) -> bool:
     return not t.is_cuda or torch.cuda.get_device_capability(t.device) >= (9, 0)
 
 
+def processors(t: Tensor) -> int:
+    """Multiprocessors of the GPU of t; those of an H100 off the GPU."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
+
+
 def power_of_2(n: int, low: int, high: int) -> int:
     """The least power of two >= n, kept within [low, high]; low and high are powers of two."""
     return max(low, min(high, triton.next_power_of_2(max(1, n))))

@@ -2,6 +2,7 @@
 
 TRITON_INTERPRET must be set before triton is imported and would stay set for later tests, so this
 file is a script too: a child runs the checks and prints a JSON line each, which the tests read.
+test_triton_nearest.py is the same for the search.
 """
 
 import json
@@ -101,102 +102,6 @@ def cross_entropy_shows_bad_rows_and_masks_impossible_tokens():
     assert loss.isnan().tolist() == [True, True, True, False, False, True]
     right = torch.nn.functional.cross_entropy(x[3:5].double(), targets[3:5], reduction="none")
     assert torch.allclose(loss[3:5].double(), right, rtol=1e-6)
-
-
-# ---- nearest code --------------------------------------------------------------------------------
-
-
-def found_right(z, codebook, metric, what):
-    from vqfast.testing import compare
-
-    indices, distances = run("nearest", z, codebook, metric)
-    right, scores = plain("nearest", z, codebook, metric)
-    name = ("l2", "cosine", "dot")[metric]
-    assert compare.nearest_wrong_rows(indices, z, codebook, name) == 0, f"{what} {name}"
-    assert torch.equal(indices, right), f"{what} {name}"
-    same = (distances == scores) | (distances.isnan() & scores.isnan())
-    assert same.all() and distances.dtype == torch.float32, f"{what} {name}"
-
-
-@check
-def nearest_is_exact_at_hostile_sizes():
-    sizes = (
-        (1, 1, 1),
-        (5, 3, 2),
-        (70, 131, 4),
-        (33, 257, 8),
-        (9, 65, 10),
-        (65, 300, 17),
-        (3, 129, 64),
-        (7, 70, 257),
-    )
-    for i, (N, K, D) in enumerate(sizes):
-        for j, (zt, ct) in enumerate(
-            ((torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32))
-        ):
-            z, c = normal(N + D, N, D, dtype=zt), normal(K, K, D, dtype=ct)
-            found_right(z, c, (i + j) % 3, f"{zt} {ct} {N} {K} {D}")
-    found_right(normal(1, 0, 3), normal(2, 5, 3), 0, "no rows")
-
-
-@check
-def nearest_is_exact_on_hard_data():
-    z, c = normal(1, 20, 24), normal(2, 200, 24)
-    for scale in (1e-40, 1e-20, 1e10, 1e18, 1e30):
-        found_right(z * scale, c * scale, 0, f"scale {scale}")
-    found_right(z * 1e-12, c, 1, "small rows")
-    found_right(z, c * 1e-14, 1, "small codes")
-    wide = 10 ** (24 * torch.rand(200, 1, generator=rng(3)) - 6)
-    found_right(z * wide[:20].flip(0), c * wide, 0, "norms 1e-6 .. 1e18")
-    found_right(z + 1e4, c + 1e4, 0, "shifted")
-    found_right(z, (torch.rand(200, 24, generator=rng(4)) * 2 - 1) / 200, 0, "taming's start")
-    for metric in range(3):
-        found_right(c[torch.randint(200, (20,), generator=rng(5))], c, metric, "equal to codes")
-        found_right(z, c[:3].repeat(60, 1), metric, "three codes")
-        found_right(z * 0, c * 0, metric, "all zero")
-        zero = c.clone()
-        zero[7] = 0
-        found_right(-zero[:20].abs(), zero, metric, "a zero code")
-    whole = torch.randint(-2, 3, (200, 3), generator=rng(6)).float()
-    found_right(whole[:20] + 0.5, whole, 0, "ties of integers")
-
-
-@check
-def nearest_certifies_ordinary_rows():
-    """Without this the answers could come from the slow path alone, and be right."""
-    from vqfast.kernels import nearest as kernel
-
-    for D, dtype in ((4, torch.float32), (64, torch.float32), (24, torch.float16)):
-        z, c = normal(1, 70, D, dtype=dtype), normal(2, 900, D, dtype=dtype)
-        for metric in range(3):
-            plan, alpha, gamma = kernel._plan(z, c, metric)
-            packed = torch.zeros(70, dtype=torch.int64)
-            grid = (-(-70 // plan["BLOCK_M"]),)
-            kernel._screen[grid](z, c, packed, 70, 900, D, alpha, gamma, **plan)
-            certain = packed >= 0
-            assert certain.sum() >= 65, f"{D} {dtype} {metric}: {int(certain.sum())} of 70"
-            group = packed & kernel.NO_GROUP.value
-            first = (packed >> 21) & kernel.NO_GROUP.value == kernel.NO_GROUP.value
-            right = plain("nearest", z, c, metric)[0]
-            # the group of the answer: tile * 8 + code % 8
-            answer = right // plan["BLOCK_K"] * 8 + right % 8
-            alone = certain & first  # rows that one group was left of
-            assert alone.sum() >= 50 and torch.equal(group[alone], answer[alone])
-
-
-@check
-def nearest_keeps_what_is_not_finite_apart():
-    for metric in range(3):
-        for D in (5, 24):
-            z, c = normal(1, 40, D), normal(2, 200, D)
-            z[::9, D // 2] = torch.tensor(
-                [float("nan"), float("inf"), -float("inf"), float("nan"), float("inf")]
-            )
-            found_right(z, c, metric, "bad rows")
-            for k, bad in ((0, "nan"), (1, "inf"), (31, "-inf"), (199, "nan")):
-                c[k, k % D] = float(bad)
-            found_right(z, c, metric, "bad rows and codes")
-            found_right(z, c * float("nan"), metric, "no code is finite")
 
 
 # ---- code statistics -----------------------------------------------------------------------------
@@ -416,13 +321,13 @@ def decode_attention_is_the_same_in_any_batch():
 # ---- the two halves ------------------------------------------------------------------------------
 
 
-def _child():
+def child(checks):
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or CHECKS
+    wanted = sys.argv[1:] or checks
     for name in wanted:
         begin = time.process_time()
         try:
-            CHECKS[name]()
+            checks[name]()
             error = None
         except Exception:
             error = traceback.format_exc()
@@ -430,15 +335,20 @@ def _child():
         print(json.dumps({"name": name, "error": error, "seconds": seconds}), flush=True)
 
 
-@pytest.fixture(scope="module")
-def results():
+def outcomes(file):
+    """{check: None or its traceback} of a file like this one, run by a child."""
     pytest.importorskip("triton")
     env = dict(os.environ, TRITON_INTERPRET="1", VQFAST_POISON="1", OMP_NUM_THREADS="1")
     env.pop("VQFAST_BACKEND", None)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {line["name"]: line["error"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return outcomes(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -447,4 +357,4 @@ def test_interpreted(results, name):
 
 
 if __name__ == "__main__":
-    _child()
+    child(CHECKS)

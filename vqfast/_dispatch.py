@@ -2,8 +2,9 @@
 
 A file name is a registration. Op `nearest` finds its Triton kernel in `vqfast.kernels.nearest`, its
 C++ kernel in `_C` under the name "nearest", its CUDA kernel in `_C_cuda` as symbol
-`vqfast_nearest`. Backward ops (`X_backward`) live in the files of `X`. Each candidate answers with
-a reason against itself or None; the first without a reason runs.
+`vqfast_nearest`. Backward ops (`X_backward`) live in the files of `X`. A Triton file may define
+`scratch_nearest(*inputs)`: empty tensors that the kernel takes after its outputs. Each candidate
+answers with a reason against itself or None; the first without a reason runs.
 """
 
 import contextlib
@@ -145,10 +146,16 @@ class Op:
                 return self.reference(*inputs)
         outs = self.outputs(*inputs)
         each = (outs,) if isinstance(outs, Tensor) else tuple(outs or ())
-        for t in each:
+        scratch = self.scratch(*inputs) if name == "triton" else ()
+        for t in (*each, *scratch):
             poison(t)
-        self._launcher(name)(*inputs, *each)
+        self._launcher(name)(*inputs, *each, *scratch)
         return outs
+
+    def scratch(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """Memory that the Triton kernel needs beside its outputs and takes after them."""
+        make = getattr(self._triton, f"scratch_{self.name}", None)
+        return tuple(make(*inputs)) if make else ()
 
     def choose(self, *inputs: Any) -> str:
         """The backend that these inputs get. BackendError when a forced one cannot run them."""
