@@ -146,13 +146,13 @@ class Op:
                 return self.reference(*inputs)
         outs = self.outputs(*inputs)
         each = (outs,) if isinstance(outs, Tensor) else tuple(outs or ())
-        scratch = self.scratch(*inputs) if name == "triton" else ()
+        scratch = self._beside(*inputs) if name == "triton" else ()
         for t in (*each, *scratch):
             poison(t)
         self._launcher(name)(*inputs, *each, *scratch)
         return outs
 
-    def scratch(self, *inputs: Any) -> tuple[Tensor, ...]:
+    def _beside(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Memory that the Triton kernel needs beside its outputs and takes after them."""
         make = getattr(self._triton, f"scratch_{self.name}", None)
         return tuple(make(*inputs)) if make else ()
