@@ -71,8 +71,9 @@ def within(op, inputs, factor, what):
     found = run(op, *inputs)
     for i, (o, p, e) in enumerate(zip(found, plain(op, *inputs), exact(op, *inputs), strict=True)):
         ratio = compare.budget_ratio(o, p, e, factor)
-        # a result that is zero by cancellation has no scale of its own; inputs are of order one
-        noise = e.numel() and (o.double() - e).abs().max() <= 2 * torch.finfo(torch.float32).eps
+        # a result that is zero by cancellation has no scale of its own: for one key dq is k times
+        # the difference of two equal sums of d products of order one, in two orders
+        noise = e.numel() and (o.double() - e).abs().max() <= 16 * torch.finfo(torch.float32).eps
         assert ratio <= 1 or noise, f"{op} output {i}, {what}: error {ratio:.3g} of the allowed"
     return found
 
