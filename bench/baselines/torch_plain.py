@@ -35,7 +35,11 @@ def _code_stats(indices: torch.Tensor, z: torch.Tensor, K: int) -> Any:
 
 
 def _code_order(indices: torch.Tensor, K: int) -> Any:
-    return lambda: torch.sort(indices, stable=True)
+    def order() -> tuple:
+        codes, rows = torch.sort(indices, stable=True)
+        return rows, torch.searchsorted(codes, torch.arange(K + 1))
+
+    return order
 
 
 def _straight_through(
