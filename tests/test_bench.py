@@ -132,7 +132,8 @@ def test_opponents_of_the_other_ops_agree_with_the_references(bench):
     from vqfast import _dispatch
 
     for measure in micro.measures(None):
-        if measure.name in ("nearest", "quantize", "sample_logits"):
+        # the opponents of the EMA count bad rows, too, and move averages of their own at every call
+        if measure.name in ("nearest", "quantize", "sample_logits", "ema_stats", "ema_update"):
             continue
         case = cases(measure.op, "smoke")[0]
         inputs = measure.inputs(case, torch.float32, "cpu")
