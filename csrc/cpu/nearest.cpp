@@ -238,7 +238,6 @@ bool selective(const Book& book, const IntScreen& screen, const View& z) {
 bool search_int(Book& book, const View& z, int64_t first, int64_t count, int threads,
                 const Answer& out) {
   IntScreen screen;
-  screen.begin(book, threads);
   screen.pack(book, first, count, threads);
   if (!screen.fits() || !selective(book, screen, z)) return false;
   search_run(book, screen, z, threads, out);

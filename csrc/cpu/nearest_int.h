@@ -80,8 +80,6 @@ struct IntScreen {
 
   int64_t tile_codes() const { return static_cast<int64_t>(kLanes) * V; }
 
-  void begin(const Book& b, int) { book = &b; }
-
   // b = c - m in float32 (zeros behind D), its largest coordinate and its squared length
   static void centred(const Book& b, const float* c, double norm, float* out, int64_t width,
                       float& top, float& square) {
@@ -228,6 +226,7 @@ struct IntScreen {
   }
 
   void pack(Book& b, int64_t from, int64_t codes_of_run, int threads) {
+    book = &b;
     first = from;
     count = codes_of_run;
     depth = (b.D + kPart - 1) / kPart * kPart;
