@@ -5,7 +5,8 @@ generate    One race per case of our precisions (--dtype) and the opponents in t
     follow from them, as does the part of the read bandwidth that reading each weight once per step
     takes. Weights are the blocks' and the head's in the row's format, without scales and biases.
     A contestant draws whole images while its budget allows, else their first tokens, whose steps
-    are the cheaper ones; ours draws as many as the opponents even for some times its budget.
+    are the cheaper ones; ours draws as many as the opponents even for some times its budget. All
+    are there at once: gpt_336m_batch64 takes some 14 GB by count of weights and caches.
 cli         Wall time of the whole command: the shipped model, 16 images, one grid on disk.
 
 A further measure is a function like `_race` and its entries in `cases`. The gate is that of every
