@@ -84,7 +84,7 @@ def table(rows: list[Row]) -> str:
     lines: list[str] = []
     for measure in dict.fromkeys(r.measure for r in rows):
         unit = next(r.unit for r in rows if r.measure == measure)
-        cells = [tuple(f"{h} a {unit}" if unit and h.endswith("ms") else h for h in _HEAD)]
+        cells = [tuple(f"{h} per {unit}" if unit and h.endswith("ms") else h for h in _HEAD)]
         for r in rows:
             if r.measure == measure:
                 cells.append(_cells(r))

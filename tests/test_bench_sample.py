@@ -133,7 +133,7 @@ def test_figures_follow_from_the_time_of_a_step(bench):
     assert ours.of_read == pytest.approx(0.5) and peer.of_read == pytest.approx(1 / 3)
     assert ours.read_gb_s == pytest.approx(weights / 0.5e-3 / 1e9) and not peer.ratios
     text = report.table([ours, peer])
-    assert "ms a step" in text and "first 4 of 12 tokens; odd" in text
+    assert "ms per step" in text and "first 4 of 12 tokens; odd" in text
     assert text.count("first") == 1 and text.count("<") == 1, "only the peer's image is a bound"
 
 
