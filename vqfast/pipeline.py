@@ -207,6 +207,8 @@ class Pipeline:
             seed: 0..2⁶⁴ - 1. Image i depends on (seed, i) and its condition alone.
             temperature, top_k, top_p: as `vqfast.sample_logits`.
             cfg_scale: classifier-free guidance, 1 is off; needs a model with a null class.
+            cfg_interval: (begin, end), the positions 0..h·w - 1 of the codes of an image in which
+                guidance acts, half-open; None is all. A position outside costs no guidance.
             size: None, or the (H, W) or side that the model was trained for.
             batch_size: images drawn side by side; it changes no result.
             precision: of the transformer's weights: "fp32" (also "auto"), "bf16", "int8", "int4".
@@ -215,6 +217,9 @@ class Pipeline:
             prefix: [m, k] int64, the first k codes of an image, which are kept; image i gets
                 prefix[i % m].
             first: number of the first image; the request is images first..first + n - 1.
+            on_step: called with a `vqfast.engine.Step` after every token of a batch: numbers of its
+                images, steps done and in all, and a copy of its codes [b, h, w], -1 where none is
+                drawn yet. What it raises comes out here; the pipeline can be used again.
 
         Returns:
             [n, h, w] int64.

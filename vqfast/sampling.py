@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.engine import Engine
+from vqfast.engine import Engine, Step
+from vqfast.engine.guidance import guidance
+from vqfast.engine.step import OnStep, check_on_step
 from vqfast.models.vqgan import VQGAN
 from vqfast.ops.sample_logits import check_options
 
@@ -36,8 +38,9 @@ class Request:
     conditions: Tensor  # [m, Tc]; image i has row i % m
     known: Tensor  # [m, k], the first k codes of an image in raster order
     null: Tensor | None  # [1, Tc], where guidance acts
-    cfg_scale: float
+    guidance: dict[str, Any]  # cfg_scale, cfg_interval
     options: dict[str, Any]  # of the draw of a token: seed, temperature, top_k, top_p
+    on_step: OnStep | None
 
     def batches(self) -> Iterator[Tensor]:
         """Numbers [b] of the images that are drawn side by side."""
@@ -63,12 +66,14 @@ def check_request(
     top_k: int | None = None,
     top_p: float | None = None,
     cfg_scale: float = 1.0,
+    cfg_interval: Sequence[int] | None = None,
     size: int | Sequence[int] | None = None,
     batch_size: int = 8,
     precision: str = "auto",
     cond: Tensor | None = None,
     prefix: Tensor | None = None,
     first: int = 0,
+    on_step: OnStep | None = None,
 ) -> Request:
     """The request; arguments and errors are those of `Pipeline.sample_codes`."""
     grid = _grid(tokenizer, size)
@@ -82,7 +87,14 @@ def check_request(
         n = len(conditions) if classes is not None or cond is not None else 1
     n = _check.integer("n", n, low=0)
     known = _known(prefix, grid)
-    scale = _check.number("cfg_scale", cfg_scale)
+    check_on_step(on_step)
+    guide = guidance(cfg_scale, cfg_interval)
+    scale = guide.scale
+    if guide.begin < guide.end and guide.begin >= grid[0] * grid[1]:
+        raise ValueError(
+            f"cfg_interval must begin among the {grid[0] * grid[1]} codes of an image, got "
+            f"{guide.begin}"
+        )
     null = conditioning.null(1) if scale != 1 else None
     if scale != 1 and null is None:
         raise ValueError(f"cfg_scale = {scale:g} needs a model with a null condition")
@@ -95,8 +107,9 @@ def check_request(
         conditions=conditions,
         known=known,
         null=null,
-        cfg_scale=scale,
+        guidance={"cfg_scale": scale, "cfg_interval": cfg_interval},
         options=options,
+        on_step=on_step,
     )
 
 
@@ -124,13 +137,27 @@ def _draw_batch(engine: Engine, request: Request, index: Tensor) -> Tensor:
     drawn = engine.generate(
         torch.cat([cond, known], dim=1).to(engine.device),
         h * w - known.shape[1],
-        cfg_scale=request.cfg_scale,
         uncond=uncond,
         sample_index=index,
         position=known.shape[1],
+        on_step=_with_known(request, known),
+        **request.guidance,
         **request.options,
     )
     return torch.cat([known, drawn.cpu()], dim=1).view(-1, h, w)
+
+
+def _with_known(request: Request, known: Tensor) -> OnStep | None:
+    """The callback of a request as one of the engine, which knows no grid and no prefix."""
+    call = request.on_step
+    if call is None:
+        return None
+
+    def on_step(step: Step) -> None:
+        codes = torch.cat([known, step.codes.cpu()], dim=1).view(-1, *request.grid)
+        call(step._replace(codes=codes))
+
+    return on_step
 
 
 def _grid(tokenizer: VQGAN, size: int | Sequence[int] | None) -> tuple[int, int]:
