@@ -251,6 +251,20 @@ def test_progress_elsewhere_is_silent_or_a_line_now_and_then():
     assert SampleProgress(4, 50, None, None).shown is sys.stderr.isatty()
 
 
+def test_progress_that_nobody_can_read_is_given_up():
+    class Gone(io.StringIO):
+        tries = 0
+
+        def write(self, text):
+            self.tries += 1
+            raise BrokenPipeError
+
+    clock, stream = [0.0], Gone()
+    progress = SampleProgress(4, 50, True, stream, lambda: clock[0])
+    simulate(progress, clock)
+    assert progress.images == 4 and not progress.shown and stream.tries == 1
+
+
 def test_the_rates_are_reported(run_cli, model):
     base = ("sample", "--model", model(CLASSES)[0], "-n", 3, "--device", "cpu", "--json")
     code, out, err = run_cli(*base, "--out", "a")

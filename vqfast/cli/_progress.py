@@ -59,7 +59,7 @@ class SampleProgress:
     def close(self) -> None:
         """Leave the line on the terminal as it is."""
         if self.shown and self._terminal and self._width:
-            print(file=self._stream, flush=True)
+            self._write("\n")
 
     def text(self) -> str:
         """The line: rates since the start, time left if it goes on like this."""
@@ -79,8 +79,17 @@ class SampleProgress:
             return
         self._last, text = now, self.text()
         if self._terminal:
-            text, self._width = "\r" + text.ljust(self._width), len(text)
-        print(text, end="" if self._terminal else "\n", file=self._stream, flush=True)
+            self._write("\r" + text.ljust(self._width))
+            self._width = len(text)
+        else:
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        """A reader of stderr that has left, or a full disk, is no reason to stop drawing."""
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            self.shown = False
 
 
 def _number(value: float) -> str:
