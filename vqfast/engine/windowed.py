@@ -152,7 +152,10 @@ class _Grids:
 
     def logits(self, jobs: list[Job]) -> Tensor:
         """Logits [len(jobs), b, V] that predict these cells of every image."""
-        columns, lanes, positions, ends = [], [], [], []
+        columns: list[int] = []
+        lanes: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []
         for g, cell in jobs:
             lane = g * self.F + cell[0] % self.F
             missing, first = self._missing(g, lane, cell)
@@ -197,7 +200,8 @@ class _Grids:
         for begin in range(0, total, _ROWS_PER_CALL):
             end = min(begin + _ROWS_PER_CALL, total)
             n_logits = max(0, end - max(begin, first_last))
-            found.append(self.engine._call(*rows[:, begin:end].unbind(), n_logits))
+            some = rows[:, begin:end]
+            found.append(self.engine._call(some[0], some[1], some[2], n_logits))
         return torch.cat(found).view(len(ends), b, -1)
 
     def _tensor(self, values: list[int]) -> Tensor:
