@@ -11,7 +11,7 @@ from vqfast.windows import RULES, Windows
 
 V = 37
 WINDOW = (4, 6)
-SIZES = [(4, 6), (9, 14), (7, 6), (4, 13), (5, 7)]
+SIZES = [(8, 13), (7, 6), (4, 13), (5, 7)]
 
 
 def make_gpt(**changes):
