@@ -169,6 +169,8 @@ def test_conditions_on_a_picture(kind):
     assert len(pipe.sample_codes(cond=cond)) == 2
     with pytest.raises(ValueError, match=f"cond must be given.*{kind}"):
         pipe.sample_codes(n=1)
+    with pytest.raises(ValueError, match=r"cond must be \[m, 16\].*\[2, 15\]"):
+        pipe.sample_codes(cond=cond[:, :15])
 
 
 def test_tokens_that_are_no_codes_are_decoded_with_a_warning():

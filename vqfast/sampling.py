@@ -90,6 +90,11 @@ def check_request(
     if n is None:
         n = len(conditions) if classes is not None or cond is not None else 1
     n = _check.integer("n", n, low=0)
+    if grid == model_grid(tokenizer) and conditions.shape[1] != conditioning.length(grid):
+        raise ValueError(
+            f"cond must be [m, {conditioning.length(grid)}] to match the model, got "
+            f"{list(conditions.shape)}"
+        )
     known = _known(prefix, grid)
     if windows is not None:
         conditions = _conditions_of_windows(conditioning, conditions, windows)
