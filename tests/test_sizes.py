@@ -1,11 +1,15 @@
 """Pictures of any size from a pipeline: sliding windows for every condition, and their decoding."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vqfast import Pipeline
 from vqfast.engine.windowed import generate_windows
+from vqfast.images import grid, load_image
 from vqfast.models import conditioning
 from vqfast.models.gpt import GPT, GPTConfig
 from vqfast.models.vqgan import VQGAN, VQGANConfig
@@ -160,3 +164,37 @@ def test_a_large_grid_is_decoded_and_encoded_without_a_matrix_of_positions(class
             again = classes.tokenizer.encode(x)
     assert x.shape == (1, 3, 40, 66) and again.shape == (1, 20, 33)
     assert torch.equal(x, free)
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_command_draws_the_pictures_of_the_api(run_cli, tmp_path, tiny_pipeline, rule):
+    asked = ["--size", "20x30", "--window-rule", rule, "--seed", 5, "--classes", "bee"]
+    code, out, _ = run_cli(
+        "sample", "--model", tiny_pipeline, "-n", 2, *asked, "--out", "o", "--grid", "g.png",
+        "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["n"] == 2
+    pipe = Pipeline.from_pretrained(tiny_pipeline)
+    want = pipe.sample(["bee"], n=2, size=(20, 30), seed=5, window_rule=rule)
+    for i, image in enumerate(want):
+        found = load_image(tmp_path / "o" / f"{i:06d}.png")
+        assert found.size == (30, 20) and np.array_equal(np.array(found), np.array(image))
+    sheet = load_image(tmp_path / "g.png")
+    assert np.array_equal(np.array(sheet), np.array(grid(want)))
+
+
+def test_a_picture_is_completed_in_any_size(run_cli, tmp_path, tiny_pipeline, two_pictures):
+    asked = ["--complete", two_pictures[0], "--keep", 3, "--size", "18x24", "-n", 1]
+    assert run_cli("sample", "--model", tiny_pipeline, *asked, "--out", "o")[0] == 0
+    assert load_image(tmp_path / "o" / "000000.png").size == (24, 18)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [("14x30", "at least 16x16"), ("17x16", "multiples of 2"), ("8", "window")]
+)
+def test_sizes_that_no_window_fits_are_bad_usage(run_cli, tmp_path, tiny_pipeline, size, said):
+    code, _, err = run_cli("sample", "--model", tiny_pipeline, "--size", size, "--out", "o")
+    assert code == 2 and said in err and not (tmp_path / "o").exists()

@@ -212,8 +212,8 @@ class Pipeline:
             size: (H, W) or side in pixels, multiples of the tokenizer's factor and at least what
                 the model was trained for; None is that. Each code of a larger picture is drawn in a
                 sliding window of the trained size.
-            window_rule: where a window stands, "make_samples" (the code in its middle) or "scene"
-                (one code further down and right); they draw different pictures.
+            window_rule: where a window stands around its code: "make_samples", or "scene", a code
+                further down and right. They draw different pictures.
             batch_size: sequences drawn side by side, one for an image or, in a larger picture, for
                 each row of codes in flight: ceil(W / trained width). It changes no result.
             precision: of the transformer's weights: "fp32" (also "auto"), "bf16", "int8", "int4".

@@ -90,14 +90,9 @@ def check_request(
     if n is None:
         n = len(conditions) if classes is not None or cond is not None else 1
     n = _check.integer("n", n, low=0)
-    if grid == model_grid(tokenizer) and conditions.shape[1] != conditioning.length(grid):
-        raise ValueError(
-            f"cond must be [m, {conditioning.length(grid)}] to match the model, got "
-            f"{list(conditions.shape)}"
-        )
+    conditions = _fitting(conditioning, conditions, model_grid(tokenizer), windows)
     known = _known(prefix, grid)
     if windows is not None:
-        conditions = _conditions_of_windows(conditioning, conditions, windows)
         batch_size = max(1, batch_size // windows.rows_in_flight)
     check_on_step(on_step)
     guide = guidance(cfg_scale, cfg_interval)
@@ -214,16 +209,25 @@ def _grid(
     return grid, None if grid == own else Windows(grid, own, rule)
 
 
-def _conditions_of_windows(conditioning: nn.Module, conditions: Tensor, windows: Windows) -> Tensor:
-    """[m, Tc] for a condition that every window has whole, else [m, h, w]."""
-    if conditioning.kind in ("class", "sos"):
+def _fitting(
+    conditioning: nn.Module, conditions: Tensor, own: tuple[int, int], windows: Windows | None
+) -> Tensor:
+    """[m, Tc] for a condition that is the same in every window, [m, h, w] for one that is a grid of
+    which each window sees its part.
+    """
+    Tc, (h, w) = conditioning.length(own), own
+    if windows is None or conditioning.kind in ("class", "sos"):
+        if conditions.shape[1] != Tc:
+            raise ValueError(
+                f"cond must be [m, {Tc}] to match the model, got {list(conditions.shape)}"
+            )
         return conditions
-    (H, W), (h, w) = windows.size, windows.window
-    if conditioning.length((h, w)) != h * w:
+    if Tc != h * w:
         raise ValueError(
-            f"size must be the model's own: its condition of {conditioning.length((h, w))} tokens "
-            f"does not fit the {h}x{w} codes of a window"
+            f"size must be the model's own: its condition of {Tc} tokens does not fit the {h}x{w} "
+            "codes of a window"
         )
+    H, W = windows.size
     if conditions.shape[1] != H * W:
         raise ValueError(
             f"cond must be [m, {H * W}], a token for each code of the size, got "
