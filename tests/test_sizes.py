@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vqfast import Pipeline
-from vqfast.engine.windowed import generate_windows
+from vqfast.engine import generate_windows
 from vqfast.images import grid, load_image
 from vqfast.models import conditioning
 from vqfast.models.gpt import GPT, GPTConfig

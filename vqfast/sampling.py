@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.engine import Engine, Step
+from vqfast.engine import Engine, Step, generate_windows
 from vqfast.engine.guidance import guidance
 from vqfast.engine.step import OnStep, check_on_step
-from vqfast.engine.windowed import generate_windows
 from vqfast.models.vqgan import VQGAN
 from vqfast.ops.sample_logits import check_options
 from vqfast.windows import RULES, Windows
@@ -129,9 +128,11 @@ def draw(request: Request, engine_for: Callable[[str, int], Engine]) -> Iterator
             batch.
     """
     engine = engine_for(request.precision, min(request.batch_size, max(request.n, 1)))
-    draw_batch = _draw_batch if request.windows is None else _draw_windows
     for index in request.batches():
-        yield draw_batch(engine, request, index)
+        if request.windows is None:
+            yield _draw_batch(engine, request, index)
+        else:
+            yield _draw_windows(engine, request, request.windows, index)
 
 
 def _draw_batch(engine: Engine, request: Request, index: Tensor) -> Tensor:
@@ -155,13 +156,13 @@ def _draw_batch(engine: Engine, request: Request, index: Tensor) -> Tensor:
     return torch.cat([known, drawn.cpu()], dim=1).view(-1, h, w)
 
 
-def _draw_windows(engine: Engine, request: Request, index: Tensor) -> Tensor:
+def _draw_windows(engine: Engine, request: Request, windows: Windows, index: Tensor) -> Tensor:
     """Images `index` [b] of another grid -> [b, h, w]."""
     call, device = request.on_step, engine.device
     codes = generate_windows(
         engine,
         request.conditions[index % len(request.conditions)].to(device),
-        request.windows,
+        windows,
         uncond=None if request.null is None else request.null.expand(len(index), -1).to(device),
         sample_index=index,
         prefix=request.known[index % len(request.known)].to(device),

@@ -13,12 +13,14 @@ Letters: H W the grid, h w the window, b images, F rows of the grid in flight, T
 in a window.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from vqfast import _check
 from vqfast.engine.engine import Engine
-from vqfast.engine.guidance import guidance
+from vqfast.engine.guidance import Guidance, guidance
 from vqfast.engine.step import OnStep, Step, check_on_step
 from vqfast.ops import sample_logits
 from vqfast.ops.sample_logits import check_options
@@ -80,20 +82,11 @@ def generate_windows(
     Source: arXiv:2012.09841 section 3.3; the rules are in vqfast/windows.py.
     """
     _check.choice("order", order, ORDERS)
-    H, W = windows.size
-    _check_condition(engine, "cond", cond, windows)
-    b = len(cond)
     guide = guidance(cfg_scale, cfg_interval)
+    conditions = _conditions(engine, cond, uncond, guide, windows)
+    b, (H, W) = len(cond), windows.size
     index = engine._indices(sample_index, b)
-    conditions = [cond]
-    if guide.scale != 1:
-        if uncond is None:
-            raise ValueError(f"cfg_scale = {guide.scale:g} needs a null condition, there is none")
-        _check_condition(engine, "uncond", uncond, windows)
-        _check.shape("uncond", uncond, cond.shape, "like cond")
-        conditions.append(uncond)
-    if prefix is None:
-        prefix = torch.empty(b, 0, dtype=torch.int64, device=engine.device)
+    prefix = cond.new_empty(b, 0) if prefix is None else prefix
     engine._check_tokens("prefix", prefix, 2)
     known = prefix.shape[1]
     if len(prefix) != b or known > H * W:
@@ -104,21 +97,16 @@ def generate_windows(
 
     wave = order == "wavefront"
     steps = list(windows.wavefront(known) if wave else windows.raster(known))
-    images = tuple(index.tolist()) if on_step else ()
     out = torch.full((b, H * W), -1, dtype=torch.int64, device=engine.device)
     out[:, :known] = prefix
+    images = tuple(index.tolist()) if on_step else ()
     try:
         grids = _Grids(engine, conditions, windows, windows.rows_in_flight if wave else 1)
         grids.codes[:, :known] = prefix
         for number, cells in enumerate(steps, 1):
-            guided = [cell for cell in cells if guide.acts_at(cell[0] * W + cell[1])]
-            jobs = [(0, cell) for cell in cells] + [(1, cell) for cell in guided]
-            logits = dict(zip(jobs, grids.logits(jobs), strict=True))  # of a job: [b, V]
-            for cell in cells:
-                at, x = cell[0] * W + cell[1], logits[0, cell]
-                if (1, cell) in logits:
-                    x = guide.mix(x, logits[1, cell])
-                drawn = sample_logits(x, sample_index=index, position=at, **options)
+            for cell, logits in grids.guided(cells, guide):
+                at = cell[0] * W + cell[1]
+                drawn = sample_logits(logits, sample_index=index, position=at, **options)
                 out[:, at] = grids.codes[:, at] = drawn
             if on_step:
                 on_step(Step(images, number, len(steps), out.view(b, H, W).clone()))
@@ -150,20 +138,28 @@ class _Grids:
         # window (top, left) and number of tokens, condition included, of a lane
         self.held: dict[int, tuple[tuple[int, int], int]] = {}
 
-    def logits(self, jobs: list[Job]) -> Tensor:
+    def guided(self, cells: list[Cell], guide: Guidance) -> Iterator[tuple[Cell, Tensor]]:
+        """Each of these cells with its logits [b, V], mixed where guidance acts."""
+        W = self.windows.size[1]
+        jobs = [(0, cell) for cell in cells]
+        jobs += [(1, cell) for cell in cells if guide.acts_at(cell[0] * W + cell[1])]
+        logits = dict(zip(jobs, self._logits(jobs), strict=True))
+        for cell in cells:
+            x, u = logits[0, cell], logits.get((1, cell))
+            yield cell, x if u is None else guide.mix(x, u)
+
+    def _logits(self, jobs: list[Job]) -> Tensor:
         """Logits [len(jobs), b, V] that predict these cells of every image."""
-        columns: list[int] = []
-        lanes: list[int] = []
-        positions: list[int] = []
-        ends: list[int] = []
+        inner: list[tuple[int, int, int]] = []  # (column of `tokens`, lane, position)
+        last: list[tuple[int, int, int]] = []
         for g, cell in jobs:
             lane = g * self.F + cell[0] % self.F
-            missing, first = self._missing(g, lane, cell)
-            columns += missing
-            lanes += [lane] * len(missing)
-            positions += range(first, first + len(missing))
-            ends.append(len(columns) - 1)
-        return self._feed(*(self._tensor(x) for x in (columns, lanes, positions, ends)))
+            columns, first = self._missing(g, lane, cell)
+            fed = [(column, lane, first + n) for n, column in enumerate(columns)]
+            inner += fed[:-1]
+            last.append(fed[-1])
+        plan = torch.tensor(inner + last, device=self.engine.device)  # [n, 3]
+        return self._feed(plan[:, 0], plan[:, 1], plan[:, 2], len(last))
 
     def _missing(self, g: int, lane: int, cell: Cell) -> tuple[list[int], int]:
         """What the cache lacks to predict a cell: columns of `tokens`, and the position of the
@@ -184,28 +180,35 @@ class _Grids:
         start = self.tokens.shape[1] - self.codes.shape[1]
         return [g * self.C + n for n in crop] + [start + n for n in codes], have
 
-    def _feed(self, columns: Tensor, lanes: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
-        """Feed these columns of `tokens` of every image -> logits [jobs, b, V] at `ends`."""
+    def _feed(self, columns: Tensor, lanes: Tensor, positions: Tensor, n_last: int) -> Tensor:
+        """Feed columns [n] of `tokens` of every image -> logits [n_last, b, V] of the last ones."""
         tokens = self.tokens[:, columns]  # [b, n]
         b, n = tokens.shape
         slots = torch.arange(b, device=tokens.device)[:, None] * self.lanes + lanes
         rows = torch.stack([tokens, slots, positions.expand(b, n)])  # [3, b, n]
-        inner = torch.ones(n, dtype=torch.bool, device=tokens.device)
-        inner[ends] = False
-        # the rows that give logits come last, [jobs, b] of them
-        last = rows[:, :, ends].transpose(1, 2).flatten(1)
-        rows = torch.cat([rows[:, :, inner].flatten(1), last], dim=1)
-        total, first_last = rows.shape[1], rows.shape[1] - last.shape[1]
+        inner, last = rows.split([n - n_last, n_last], dim=2)
+        rows = torch.cat([inner.flatten(1), last.transpose(1, 2).flatten(1)], dim=1)
+        first_last = inner[0].numel()
         found = []
-        for begin in range(0, total, _ROWS_PER_CALL):
-            end = min(begin + _ROWS_PER_CALL, total)
-            n_logits = max(0, end - max(begin, first_last))
-            some = rows[:, begin:end]
+        for begin in range(0, rows.shape[1], _ROWS_PER_CALL):
+            some = rows[:, begin : begin + _ROWS_PER_CALL]
+            n_logits = max(0, begin + some.shape[1] - max(begin, first_last))
             found.append(self.engine._call(some[0], some[1], some[2], n_logits))
-        return torch.cat(found).view(len(ends), b, -1)
+        return torch.cat(found).view(n_last, b, -1)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.engine.device)
+
+def _conditions(
+    engine: Engine, cond: Tensor, uncond: Tensor | None, guide: Guidance, windows: Windows
+) -> list[Tensor]:
+    """What the codes are predicted under: cond and, if it is guided, uncond."""
+    _check_condition(engine, "cond", cond, windows)
+    if guide.scale == 1:
+        return [cond]
+    if uncond is None:
+        raise ValueError(f"cfg_scale = {guide.scale:g} needs a null condition, there is none")
+    _check_condition(engine, "uncond", uncond, windows)
+    _check.shape("uncond", uncond, cond.shape, "like cond")
+    return [cond, uncond]
 
 
 def _check_condition(engine: Engine, name: str, cond: Tensor, windows: Windows) -> None:
