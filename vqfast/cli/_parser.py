@@ -13,6 +13,7 @@ __all__ = ["Report", "UsageError", "parse"]
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 _PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
+_WINDOW_RULES = ("make_samples", "scene")
 _TRAIN_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -230,7 +231,10 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     about = "pictures that condition the model (depths: grey; labels: grey level or palette number)"
     add("--cond", nargs="+", metavar="IMAGE", help=about)
     add("--seed", type=_at_least(0, 2**64 - 1), default=0, help="image i depends on (seed, i) (0)")
-    _Flags(parser, ["size"])
+    large = "HxW or one side; above the model's own, codes are drawn in sliding windows"
+    add("--size", type=_size, metavar="HxW", help=large)
+    rule = "where a window stands around its code; scene: a code further down and right"
+    add("--window-rule", choices=_WINDOW_RULES, default="make_samples", help=rule)
     add("--precision", choices=_PRECISIONS, default="auto", help="of the transformer (auto)")
     _Flags(parser, ["device"])
     add("--out", metavar="DIR", help="one PNG per image (default: samples, unless --grid)")

@@ -108,6 +108,7 @@ def _options(pipe: "vqfast.Pipeline", args: argparse.Namespace) -> dict[str, Any
         "cfg_scale": args.cfg_scale,
         "cfg_interval": args.cfg_interval,
         "size": args.size,
+        "window_rule": args.window_rule,
         "precision": args.precision,
     }
     if args.complete or args.cond:
