@@ -20,6 +20,7 @@ LEVELS = {
     "pipeline": 5, "train": 5, "_info": 5,
     "": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
+PROBES = {"simd_exp", "simd_round", "nearest_prepare"}  # no op calls them: tests and benches do
 LINES = {"kernels": 500, "vqfast/ops": 250, "csrc": 600}
 DEFAULT_LINES = 450
 TOP_LEVEL = {
@@ -105,7 +106,7 @@ def test_every_kernel_file_has_an_op_of_its_name():
         registered |= set(re.findall(r"^KERNEL\((\w+),", path.read_text(), re.M))
     for name in registered:
         op = name.removesuffix("_backward")
-        assert op in ops or name.startswith("simd_"), f"C++ kernel {name} has no op file"
+        assert op in ops or name in PROBES, f"C++ kernel {name} has no op file"
 
 
 def test_csrc_knows_no_torch_and_pybind11_stands_in_one_file():
