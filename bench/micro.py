@@ -138,7 +138,8 @@ class Gate:
         """
         if not self._enabled or backend == "reference":
             return True
-        parts = ("nearest", "straight_through", "quantize") if op == "quantize" else (op,)
+        made_of = {"quantize": ("nearest", "nearest_quantize", "straight_through", "quantize")}
+        parts = made_of.get(op, (op,))
         rows = [row for part in parts for row in self._checks(part) if row.backend == backend]
         bad = [row for row in rows if not row.ok]
         if not bad and (rows or part):

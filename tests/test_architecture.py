@@ -87,11 +87,15 @@ def test_every_module_has_a_level():
     assert not known, f"modules without a level in this test: {sorted(known)}"
 
 
-def test_kernels_import_nothing_of_vqfast_but_their_tuning_and_their_own_parts():
-    """`nearest.py` may import `_nearest_screen.py`; nobody else may."""
+def test_kernels_import_nothing_of_vqfast_but_shared_parts_and_their_own():
+    """`nearest.py` and what is named after it (`nearest_quantize.py`, `_nearest_launch.py`) may
+    import `_nearest_screen.py`; nobody else may."""
+    ops = {p.stem for p in _python(ROOT / "kernels")}
     for path in _python(ROOT / "kernels"):
         text = path.read_text()
-        own = rf"vqfast\.kernels\._(tuning|{path.stem.strip('_')}_\w+)"
+        words = path.stem.strip("_").split("_")
+        owners = {"_".join(words[:n]) for n in range(1, len(words) + 1)} & ops
+        own = rf"vqfast\.kernels\._(tuning|lookup|({'|'.join(owners)})_\w+)"
         text = re.sub(r"^from vqfast\.kernels import ", "import vqfast.kernels.", text, flags=re.M)
         for name in re.findall(r"^\s*(?:from|import) (vqfast[\w.]*)", text, re.M):
             assert re.fullmatch(own, name), f"{path.name} imports {name}"
