@@ -1,33 +1,41 @@
-// y[r] = W x[r] for a few rows r and a matrix W packed as vqfast/ops/_packed.py describes; for
-// decode_step. No include guard: a kernel file includes it once per instruction set, after simd.h.
+// y[r] = W x[r] for some rows r and a matrix W packed as vqfast/ops/_packed.py describes; for
+// decode_step. No include guard: a kernel file includes it once per instruction set, after
+// packed_dot.h.
 //
-// Numerics: float32 accumulators. Each output is a sum of blocks of 32 columns, each summed in the
-//   order of the columns by one chain of multiply-adds, times the scale of the block (int4), and
-//   the whole times the scale of the row (int8). So no output depends on the number of rows, their
-//   order, or the threads. Error at most about (32 + K / 32) eps times the sum of |w x|.
-// Shape of the code: a panel of 16 outputs is read once from memory, column by column, and used for
-//   all rows: up to 8 at a time with AVX-512, 4 else. With one row, 4 panels run side by side to
-//   hide the latency of the multiply-add.
+// Numerics: each output is a sum of blocks of 32 columns, each summed in the order of the columns
+//   by one chain of float32 multiply-adds (exactly in int32 for bits 8 and 4), times the scales of
+//   the block, and the whole times the scale of the row (bits 8). So no output depends on the
+//   number of rows, their order, or the threads. Error of float32 at most about (32 + K / 32) eps
+//   times the sum of |w x|.
+// Shape of the code: a panel of 64 outputs is read once from memory, as one stream, and used for
+// all
+//   rows: with AVX-512 up to 8 rows x 2 slices of 16 outputs at a time (16 accumulators), so that a
+//   broadcast activation serves two products; few rows take all 4 slices, to hide the latency of a
+//   product.
 
 namespace vqfast::VQFAST_ISA {
 
-constexpr int kPanel = 16, kColumns = 64, kGroup = 32;
-constexpr int kParts = kPanel / kLanes;          // vectors of a panel's column
-constexpr int kMostRows = kLanes == 16 ? 8 : 4;  // accumulators fit the registers
-constexpr int kSideBySide = 4;                   // panels that one thread takes at a time
-
-VQFAST_INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int kMostRows = kLanes == 16 ? 8 : 4;  // rows of a tile
 
 struct Matrix {  // [N, K], packed
   const uint8_t* data;
   int64_t N, K;
 };
 
+// bytes of 32 columns of a panel, with the scales that stand before them
+template <int kBits>
+constexpr int group_bytes() {
+  return kPanel * kGroup * kBits / 8 + (kBits == 4 ? kPanel * 2 : 0);
+}
+
+template <int kBits>
+constexpr int head_bytes() {  // before the columns of a panel: scales of its rows
+  return kBits == 8 ? kPanel * 4 : 0;
+}
+
 template <int kBits>
 VQFAST_INLINE int64_t panel_bytes(int64_t K) {
-  const int64_t Kp = padded(K, kColumns);
-  const int64_t scales = kBits == 8 ? kPanel * 4 : kBits == 4 ? Kp / kGroup * kPanel * 2 : 0;
-  return kPanel * Kp * kBits / 8 + scales;
+  return head_bytes<kBits>() + padded(K, kColumns) / kGroup * group_bytes<kBits>();
 }
 
 template <int kBits>
@@ -35,109 +43,134 @@ int64_t matrix_bytes(int64_t N, int64_t K) {
   return padded(N, kPanel) / kPanel * panel_bytes<kBits>(K);
 }
 
-VQFAST_INLINE VF widen_i8(const uint8_t* p) {
-#if VQFAST_LANES == 16
-  return (VF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif VQFAST_LANES == 8
-  return (VF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  VF v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<int8_t>(p[i]);
-  return v;
-#endif
-}
-
-// low and high nibbles less 8
-VQFAST_INLINE void widen_nibbles(const uint8_t* p, VF& low, VF& high) {
-#if VQFAST_LANES == 16
-  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  low = (VF)_mm512_permutexvar_ps(b, table);  // reads the low 4 bits of each index
-  high = (VF)_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table);
-#else
-  VI b;
-#if VQFAST_LANES == 8
-  b = (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-#else
-  for (int i = 0; i < kLanes; ++i) b[i] = p[i];
-#endif
-  low = __builtin_convertvector((b & 15) - 8, VF);
-  high = __builtin_convertvector((b >> 4) - 8, VF);
-#endif
-}
-
-// two neighbouring columns of a panel, from the start of the first
-template <int kBits>
-VQFAST_INLINE void two_columns(const uint8_t* p, VF* even, VF* odd) {
+// what kRows x kSlices x 16 outputs take from 32 columns; W: the first slice of the first column of
+// the group, after its scales
+template <int kBits, bool kNative, int kRows, int kSlices>
+VQFAST_INLINE void add_group(const uint8_t* W, const Operand* x, int64_t g,
+                             VF (&sum)[kSlices][kRows][kParts]) {
+  if constexpr (kBits == 32) {
 #pragma GCC unroll 4
-  for (int j = 0; j < kParts; ++j) {
-    const int lane = j * kLanes;
-    if constexpr (kBits == 32) {
-      even[j] = load((const float*)p + lane);
-      odd[j] = load((const float*)p + kPanel + lane);
-    } else if constexpr (kBits == 16) {
-      even[j] = load((const bf16*)p + lane);
-      odd[j] = load((const bf16*)p + kPanel + lane);
-    } else if constexpr (kBits == 8) {
-      even[j] = widen_i8(p + lane);
-      odd[j] = widen_i8(p + kPanel + lane);
-    } else {
-      widen_nibbles(p + lane, even[j], odd[j]);
-    }
-  }
-}
-
-// kRows x kPanels tile: x [kRows, Kp] with row stride ldx; out [kPanels][kRows][16]
-template <int kBits, int kRows, int kPanels>
-void tile(const uint8_t* panel, int64_t Kp, int64_t bytes, const float* x, int64_t ldx,
-          float* out) {
-  constexpr int kHead = kBits == 8 ? kPanel * 4 : 0;    // before the columns of a panel
-  constexpr int kScales = kBits == 4 ? kPanel * 2 : 0;  // before those of a group
-  constexpr int kTwo = kPanel * kBits / 4;              // bytes of two columns
-  constexpr int kGroupBytes = kScales + kTwo * kGroup / 2;
-  VF total[kPanels][kRows][kParts] = {};
-  for (int64_t g = 0; g < Kp / kGroup; ++g) {
-    VF part[kPanels][kRows][kParts] = {};
-    const float* xg = x + g * kGroup;
-    const uint8_t* at = panel + kHead + g * kGroupBytes;
-    for (int k = 0; k < kGroup; k += 2) {
+    for (int k = 0; k < kGroup; ++k) {
+      VF w[kSlices][kParts];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
-        VF even[kParts], odd[kParts];
-        two_columns<kBits>(at + p * bytes + kScales + k / 2 * kTwo, even, odd);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const VF a = broadcast(xg[r * ldx + k]), b = broadcast(xg[r * ldx + k + 1]);
+      for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
-          for (int j = 0; j < kParts; ++j)
-            part[p][r][j] = fma(odd[j], b, fma(even[j], a, part[p][r][j]));
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
+        for (int j = 0; j < kParts; ++j)
+          w[p][j] = load((const float*)W + k * kPanel + p * kSlice + j * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
+        const VF a = broadcast(((const float*)x[r].values)[g * kGroup + k]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kSlices; ++p)
+#pragma GCC unroll 4
+          for (int j = 0; j < kParts; ++j) sum[p][r][j] = fma(w[p][j], a, sum[p][r][j]);
+      }
+    }
+  } else if constexpr (kBits == 16) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroup / 2; ++k) {
+      VI w[kSlices][kParts];
+#pragma GCC unroll 4
+      for (int p = 0; p < kSlices; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j)
+          w[p][j] = load_int(W + (k * kPanel + p * kSlice + j * kLanes) * 4);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VI a = every_lane((const bf16*)x[r].values + g * kGroup + 2 * k);
+#pragma GCC unroll 4
+        for (int p = 0; p < kSlices; ++p)
+#pragma GCC unroll 4
+          for (int j = 0; j < kParts; ++j) dot2<kNative>(sum[p][r][j], w[p][j], a);
+      }
+    }
+  } else {
+    VI total[kSlices][kRows][kParts];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < kSlices; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j) total[p][r][j] = broadcast_int(x[r].offset[g]);
+    constexpr int kQuads = kBits == 8 ? 1 : 2;  // quads of columns in one load
+#pragma GCC unroll 8
+    for (int v = 0; v < kGroup / 4 / kQuads; ++v) {
+      VI w[kQuads][kSlices][kParts];
+#pragma GCC unroll 4
+      for (int p = 0; p < kSlices; ++p) {
 #pragma GCC unroll 4
         for (int j = 0; j < kParts; ++j) {
-          if constexpr (kBits == 4)
-            total[p][r][j] = fma(part[p][r][j], load((const bf16*)(at + p * bytes) + j * kLanes),
-                                 total[p][r][j]);
+          const VI packed = load_int(W + (v * kPanel + p * kSlice + j * kLanes) * 4);
+          if constexpr (kBits == 8) {
+            w[0][p][j] = packed;
+          } else {
+            w[0][p][j] = packed & 0x0F0F0F0F;
+            w[1][p][j] = packed >> 4 & 0x0F0F0F0F;
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int q = 0; q < kQuads; ++q) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const VI a = every_lane((const int8_t*)x[r].values + g * kGroup + (v * kQuads + q) * 4);
+#pragma GCC unroll 4
+          for (int p = 0; p < kSlices; ++p)
+#pragma GCC unroll 4
+            for (int j = 0; j < kParts; ++j) dot4(total[p][r][j], w[q][p][j], a);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < kSlices; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j) sum[p][r][j] = __builtin_convertvector(total[p][r][j], VF);
+  }
+}
+
+// slices [slice, slice + kSlices) of a panel times x [kRows] -> out [kSlices][kRows][16]
+template <int kBits, bool kNative, int kRows, int kSlices>
+void tile(const uint8_t* panel, int64_t slice, int64_t Kp, const Operand* x, float* out) {
+  constexpr int kScales = kBits == 4 ? kPanel * 2 : 0;
+  constexpr int kBytes = group_bytes<kBits>();
+  // all formats have 4 bytes for a row of the columns that stand together
+  const int64_t first = slice * kSlice * 4;
+  VF total[kSlices][kRows][kParts] = {};
+  for (int64_t g = 0; g < Kp / kGroup; ++g) {
+    const uint8_t* at = panel + head_bytes<kBits>() + g * kBytes;
+    VF sum[kSlices][kRows][kParts] = {};
+    add_group<kBits, kNative, kRows, kSlices>(at + kScales + first, x, g, sum);
+#pragma GCC unroll 4
+    for (int p = 0; p < kSlices; ++p) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kParts; ++j) {
+        VF scale{};
+        if constexpr (kBits == 4) scale = load((const bf16*)at + (slice + p) * kSlice + j * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          VF& t = total[p][r][j];
+          if constexpr (kBits >= 16)
+            t += sum[p][r][j];
+          else if constexpr (kBits == 8)
+            t = fma(sum[p][r][j], broadcast(x[r].scale[g]), t);
           else
-            total[p][r][j] += part[p][r][j];
+            t = fma(sum[p][r][j], scale * x[r].scale[g], t);
         }
       }
     }
   }
 #pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p) {
+  for (int p = 0; p < kSlices; ++p) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < kParts; ++j) {
         VF y = total[p][r][j];
-        if constexpr (kBits == 8) y = y * load((const float*)(panel + p * bytes) + j * kLanes);
-        store(out + (p * kRows + r) * kPanel + j * kLanes, y);
+        if constexpr (kBits == 8)
+          y = y * load((const float*)panel + (slice + p) * kSlice + j * kLanes);
+        store(out + (p * kRows + r) * kSlice + j * kLanes, y);
       }
     }
   }
@@ -153,47 +186,46 @@ struct Output {
   Finish finish;
 };
 
-// kRows rows from r on, of `panels` panels from `first` on
-template <int kBits, int kRows, int kPanels>
-void tiles(const Matrix& m, int64_t first, int64_t panels, const float* x, int64_t ldx, int64_t r,
+// one panel, from output n on, times kRows operands, the rows r.. of the result
+template <int kBits, bool kNative, int kRows, int kSlices>
+void tiles(const uint8_t* panel, int64_t n, const Matrix& m, const Operand* x, int64_t r,
            const Output& to) {
-  const int64_t Kp = padded(m.K, kColumns), bytes = panel_bytes<kBits>(m.K);
-  float out[kPanels * kRows * kPanel];
-  for (int64_t p = first; p + kPanels <= first + panels; p += kPanels) {
-    tile<kBits, kRows, kPanels>(m.data + p * bytes, Kp, bytes, x + r * ldx, ldx, out);
-    for (int i = 0; i < kPanels * kRows; ++i) {
-      const int64_t n = (p + i / kRows) * kPanel;
-      to.finish(out + i * kPanel, to.bias + n, to.y + (r + i % kRows) * to.ld + n,
-                static_cast<int>(m.N - n < kPanel ? m.N - n : kPanel));
+  float out[kSlices * kRows * kSlice];
+  for (int slice = 0; slice < kPanel / kSlice; slice += kSlices) {
+    tile<kBits, kNative, kRows, kSlices>(panel, slice, padded(m.K, kColumns), x, out);
+    for (int i = 0; i < kSlices * kRows; ++i) {
+      const int64_t at = n + (slice + i / kRows) * kSlice, rest = m.N - at;
+      if (rest > 0)
+        to.finish(out + i * kSlice, to.bias + at, to.y + (r + i % kRows) * to.ld + at,
+                  static_cast<int>(rest < kSlice ? rest : kSlice));
     }
   }
 }
 
-// x: R rows of Kp floats, the last Kp - K of them zero
-template <int kBits>
-void matmul(const Matrix& m, const float* x, int64_t ldx, int64_t R, int threads,
-            const Output& to) {
-  const int64_t all = padded(m.N, kPanel) / kPanel;
-  parallel_for(threads, all, kSideBySide, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p += kSideBySide) {
-      const int64_t panels = end - p < kSideBySide ? end - p : kSideBySide;
-      const int64_t even = panels & ~int64_t{1};
-      int64_t r = 0;
-      for (; R - r >= kMostRows; r += kMostRows)
-        tiles<kBits, kMostRows, 1>(m, p, panels, x, ldx, r, to);
-      for (; R - r >= 4; r += 4) tiles<kBits, 4, 1>(m, p, panels, x, ldx, r, to);
-      for (; R - r >= 2; r += 2) {
-        tiles<kBits, 2, 2>(m, p, even, x, ldx, r, to);
-        tiles<kBits, 2, 1>(m, p + even, panels - even, x, ldx, r, to);
-      }
-      for (; r < R; ++r) {
-        if (panels == kSideBySide)
-          tiles<kBits, 1, kSideBySide>(m, p, panels, x, ldx, r, to);
-        else
-          tiles<kBits, 1, 1>(m, p, panels, x, ldx, r, to);
-      }
+// the panels [begin, end) of m times R operands, rows `ld` floats apart
+template <int kBits, bool kNative>
+void matmul(const Matrix& m, int64_t begin, int64_t end, const float* operands, int64_t ld,
+            int64_t R, const Output& to) {
+  constexpr bool kWide = kLanes == 16;
+  const int64_t Kp = padded(m.K, kColumns), bytes = panel_bytes<kBits>(m.K);
+  for (int64_t p = begin; p < end; ++p) {
+    const uint8_t* at = m.data + p * bytes;
+    const int64_t n = p * kPanel;
+    Operand x[kMostRows];
+    for (int64_t r = 0; r < R;) {
+      const int rows = R - r >= kMostRows ? kMostRows : R - r >= 4 ? 4 : R - r >= 2 ? 2 : 1;
+      for (int i = 0; i < rows; ++i) x[i] = operand_at<kBits>(operands + (r + i) * ld, Kp);
+      if (rows == 8)
+        tiles<kBits, kNative, kMostRows, 2>(at, n, m, x, r, to);
+      else if (rows == 4)
+        tiles<kBits, kNative, 4, kWide ? 4 : 1>(at, n, m, x, r, to);
+      else if (rows == 2)
+        tiles<kBits, kNative, 2, kWide ? 4 : 2>(at, n, m, x, r, to);
+      else
+        tiles<kBits, kNative, 1, 4>(at, n, m, x, r, to);
+      r += rows;
     }
-  });
+  }
 }
 
 }  // namespace vqfast::VQFAST_ISA
