@@ -94,7 +94,8 @@ def launches(monkeypatch, arch, op, *inputs):
     outs = _dispatch.OPS[op].outputs(*inputs)
     monkeypatch.setattr(JITFunction, "run", record)
     outs = (outs,) if isinstance(outs, torch.Tensor) else outs
-    scratch = getattr(module, f"scratch_{op}", lambda *inputs: ())(*inputs)
+    monkeypatch.setattr(_dispatch.OPS[op], "_triton", module)
+    scratch = _dispatch.OPS[op]._scratch("triton", inputs)
     getattr(module, op)(*inputs, *outs, *scratch)
     monkeypatch.undo()
     assert found, f"{op} launched nothing"
