@@ -195,7 +195,7 @@ def test_preparing_a_codebook_packs_each_code_once_and_has_a_row_of_its_own(benc
     for shape in (
         {"N": 40, "K": 300, "D": 24},  # at 1,000 rows: integers, or float32
         {"N": 40, "K": 5000, "D": 4},  # float32
-        {"N": 2100, "K": 2100, "D": 3},  # cells, and float32 for 1,000 of the rows
+        {"N": 1100, "K": 8192, "D": 3},  # cells, and float32 for 1,000 of the rows
     ):
         case = cases("nearest", "smoke")[0]._replace(shape=shape)
         z, codebook, metric = measure.inputs(case, torch.float32, "cpu")

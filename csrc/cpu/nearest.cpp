@@ -245,13 +245,13 @@ bool with_integers(Book& book, const View& z, int64_t first, int64_t count, int 
 }
 #endif
 
-// Cutting the codes into cells costs what other screens take for some 256 rows and halving. It
-// saves half of 8,192 rows at D 4 and K 16,384, two thirds at D 5 and K 65,536, nothing at D 8 and
+// Cutting the codes into cells costs what other screens take for some 128 rows and halving. It saves
+// half of 8,192 rows at D 4 and K 16,384, two thirds at D 5 and K 65,536, nothing at D 8 and
 // K 262,144 (Zen 5, 2026-11-25).
 bool cells_pay(const Book& b, int64_t N) {
   const int halvings = std::ilogb(static_cast<double>(b.K)) - 5;
   const bool few_dimensions = b.D <= 4 || (b.D <= CellScreen::kMaxD && b.K >= 65536);
-  return few_dimensions && b.metric != kDot && b.K >= 2048 && N >= 256 * halvings;
+  return few_dimensions && b.metric != kDot && b.K >= 2048 && N >= 128 * halvings;
 }
 
 // Packs the codes for the rows of z, a run of codes after another; use(screen) after each.
