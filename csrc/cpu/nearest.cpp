@@ -234,7 +234,8 @@ bool selective(const Book& book, const IntScreen& screen, const View& z) {
   return left.codes * 16 <= std::max<int64_t>(1024, seen * screen.count);
 }
 
-// Calls use(screen) when codes and rows are for integers. false: they are not, and nothing was used.
+// Calls use(screen) when codes and rows are for integers. false: they are not, and nothing was
+// used.
 template <class F>
 bool with_integers(Book& book, const View& z, int64_t first, int64_t count, int threads, F&& use) {
   IntScreen screen;
@@ -245,8 +246,8 @@ bool with_integers(Book& book, const View& z, int64_t first, int64_t count, int 
 }
 #endif
 
-// Cutting the codes into cells costs what other screens take for some 128 rows and halving. It saves
-// half of 8,192 rows at D 4 and K 16,384, two thirds at D 5 and K 65,536, nothing at D 8 and
+// Cutting the codes into cells costs what other screens take for some 128 rows and halving. It
+// saves half of 8,192 rows at D 4 and K 16,384, two thirds at D 5 and K 65,536, nothing at D 8 and
 // K 262,144 (Zen 5, 2026-11-25).
 bool cells_pay(const Book& b, int64_t N) {
   const int halvings = std::ilogb(static_cast<double>(b.K)) - 5;

@@ -56,19 +56,14 @@ def _reference_backward(
     """grad_z_q, z [N, D], codebook [K, D], order [N], start [K + 1] -> grad_z, grad_codes."""
     wide = _straight_through.wide_type(z, codebook)
     step = grad_loss.to(wide) * (2.0 / max(1, z.numel()))
-    # row j of the order belongs to the last code that starts at or before j
-    place = torch.arange(len(order), device=z.device)
-    owner = torch.searchsorted(start, place, right=True) - 1  # [N]
+    owner = _code_order.code_of_place(start, len(order))  # [N]
     indices = torch.empty_like(order).scatter(0, order, owner)
     difference = codebook.index_select(0, indices).to(wide) - z.to(wide)  # [N, D]
     grad_z = difference * (-to_z * step)
     if grad_z_q is not None:
         grad_z = grad_z_q.to(wide) + grad_z
     sums = torch.zeros(codebook.shape, dtype=torch.float64, device=z.device)
-    if z.device.type == "cpu":
-        sums.index_add_(0, indices, difference.double())
-    else:  # index_add_ is not deterministic there; index_put_ sorts first
-        sums.index_put_((indices,), difference.double(), accumulate=True)
+    _code_order.add_rows(sums, indices, difference.double())
     return grad_z.to(z.dtype), (sums.to(wide) * (to_codes * step)).to(codebook.dtype)
 
 
