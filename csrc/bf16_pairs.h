@@ -8,16 +8,17 @@
 
 namespace vqfast::VQFAST_ISA::attention {
 
-// acc += x * y; kPairs: the sum of both products of each lane
+// x * y + acc; kPairs: the sum of both products of each lane. By value: gcc keeps an array of sums
+// in memory if assembler writes to its elements.
 template <bool kPairs>
-VQFAST_INLINE void multiply_add(VF& acc, VF x, VF y) {
+VQFAST_INLINE VF multiply_add(VF x, VF y, VF acc) {
 #if VQFAST_LANES == 16
   if constexpr (kPairs) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
-    return;
+    return acc;
   }
 #endif
-  acc = fma(x, y, acc);
+  return fma(x, y, acc);
 }
 
 // The first element of each pair, and zero.
@@ -25,7 +26,7 @@ VQFAST_INLINE VF first_of_pair(VF x) { return (VF)((VI)x & 0xFFFF); }
 
 // The rest is defined for lanes of 512 bits only, and declared for the branches not taken.
 VF round_pair(VF a, VF b);
-void add_pair(VF& sum, VF pair);
+VF add_pair(VF sum, VF pair);
 void pack_row_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst, int ld);
 void pack_transposed_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst,
                            int64_t ld);
@@ -42,9 +43,9 @@ VQFAST_INLINE VF round_pair(VF a, VF b) {
   return (VF)_mm512_permutexvar_epi16(turns, both);
 }
 
-// sum += both elements of each pair.
-VQFAST_INLINE void add_pair(VF& sum, VF pair) {
-  multiply_add<true>(sum, pair, (VF)(VI{} + 0x3F803F80));
+// sum + both elements of each pair.
+VQFAST_INLINE VF add_pair(VF sum, VF pair) {
+  return multiply_add<true>(pair, (VF)(VI{} + 0x3F803F80), sum);
 }
 
 // Elements [2 t, 2 t + 2 kLanes) of a row, zeros from d on.

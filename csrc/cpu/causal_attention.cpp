@@ -80,6 +80,11 @@ struct Scratch {
         exact(rows) {}
 };
 
+// Scores times this are exponents of 2. Never zero, as scores of the future are -inf.
+VQFAST_INLINE float exponent_factor(float scale) {
+  return scale == 0 ? 1.0f : std::fabs(scale) * kLog2e;
+}
+
 // Rows [begin, end) of a head against keys [first, first + keys).
 struct Block {
   int64_t begin, end, first;
@@ -106,7 +111,6 @@ VQFAST_INLINE int blind(const Block& b, int j) {
 template <int NV, bool kPairs, bool kMasked>
 __attribute__((noinline)) void score_tile(const Scratch& s, const float* q, const Block& b, int j, int vector, float* strip,
                 VF (&most)[kAcross]) {
-  constexpr int kPiece = 64;
   const float* k = s.k.data() + j * s.packed;
   q += vector * kLanes;
   strip += j * kQueries + vector * kLanes;
@@ -121,7 +125,7 @@ __attribute__((noinline)) void score_tile(const Scratch& s, const float* q, cons
       for (int r = 0; r < kKeyTile; ++r) {
         const VF x = broadcast(k[r * s.packed + t]);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) multiply_add<kPairs>(acc[r][v], x, qv[v]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add<kPairs>(x, qv[v], acc[r][v]);
       }
     }
     const bool last = end == s.steps;
@@ -185,7 +189,7 @@ __attribute__((noinline)) void soften(const Block& b, const VF (&most)[kAcross],
         if constexpr (kPairs) {
           const VF both = round_pair(a, c);
           store(even, both);
-          add_pair(all, both);
+          all = add_pair(all, both);
         } else {
           store(even, a);
           store(odd, c);
@@ -213,8 +217,26 @@ VQFAST_INLINE void row_step(const float* p, const float* v, int from, bool half,
     if (r < from) continue;
     const VF x = broadcast(p[r]);
 #pragma GCC unroll 4
-    for (int i = 0; i < NV; ++i)
-      multiply_add<kPairs>(acc[r][i], x, half && r == from ? first_of_pair(value[i]) : value[i]);
+    for (int i = 0; i < NV; ++i) {
+      const VF y = half && r == from ? first_of_pair(value[i]) : value[i];
+      acc[r][i] = multiply_add<kPairs>(x, y, acc[r][i]);
+    }
+  }
+}
+
+// The steps that not all rows of a tile take, from the first row's last key on; kOdd: the parity of
+// `seen`, for pairs.
+template <int NV, bool kPairs, bool kOdd>
+VQFAST_INLINE void diagonal_steps(const float* p, const float* v, int ld, int64_t seen, int steps,
+                                  VF (&acc)[kRowTile][NV]) {
+  constexpr int kEach = kPairs ? 2 : 1;
+  const int64_t at = kPairs ? seen >> 1 : seen;  // rounded down
+#pragma GCC unroll 4
+  for (int e = 0; e < kRowTile / kEach; ++e) {
+    if (at + e < 0 || at + e >= steps) continue;
+    // kOdd: keys 2 e - 1 and 2 e after the seen ones; else keys 2 e and 2 e + 1, or key e
+    const int from = !kPairs ? e + 1 : kOdd ? 2 * e : 2 * e + 1;
+    row_step<NV, kPairs>(p + (at + e) * kEach * kQueries, v + (at + e) * ld, from, kPairs, acc);
   }
 }
 
@@ -232,24 +254,10 @@ __attribute__((noinline)) void output_tile(const float* p, const float* v, int l
   for (int t = 0; t < whole; ++t)
     row_step<NV, kPairs>(p + t * kRow, v + t * ld, 0, false, acc);
   if (seen < steps * kEach) {  // also where the last pair is half
-    const int64_t at = kPairs ? seen >> 1 : seen;  // rounded down
-    const auto diagonal = [&](auto odd) {
-#pragma GCC unroll 4
-      for (int e = 0; e < kRowTile / kEach; ++e) {
-        if (at + e < 0 || at + e >= steps) continue;
-        const float *weights = p + (at + e) * kRow, *values = v + (at + e) * ld;
-        if constexpr (!kPairs)
-          row_step<NV, kPairs>(weights, values, e + 1, false, acc);
-        else if constexpr (decltype(odd)::value)  // keys 2 e - 1 and 2 e after the seen ones
-          row_step<NV, kPairs>(weights, values, 2 * e, true, acc);
-        else  // keys 2 e and 2 e + 1
-          row_step<NV, kPairs>(weights, values, 2 * e + 1, true, acc);
-      }
-    };
     if (kPairs && (seen & 1))
-      diagonal(std::true_type{});
+      diagonal_steps<NV, kPairs, true>(p, v, ld, seen, steps, acc);
     else
-      diagonal(std::false_type{});
+      diagonal_steps<NV, kPairs, false>(p, v, ld, seen, steps, acc);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRowTile; ++r)
@@ -325,8 +333,7 @@ VQFAST_INLINE int64_t block_begin(int64_t T, int64_t block) {
 template <bool kPairs>
 void run_unit(const Head& q, const Head& k, const Head& v, float scale, int64_t T, int64_t from,
               int64_t to, Scratch& s) {
-  // never zero, as scores of the future are -inf
-  const float factor = scale == 0 ? 1.0f : std::fabs(scale) * kLog2e;
+  const float factor = exponent_factor(scale);
   const auto block = [&](int64_t i) {
     return Block{block_begin(T, i), block_begin(T, i + 1), 0, 0, factor};
   };
@@ -355,12 +362,15 @@ void run_unit(const Head& q, const Head& k, const Head& v, float scale, int64_t 
 }
 
 // What one unit has gathered for the rows of one block.
-void write_block(const Scratch& s, int64_t at, int64_t rows, const View& out, float* lse,
-                 int64_t row) {
+void write_block(const Scratch& s, int64_t at, int64_t rows, float scale, const View& out,
+                 float* lse, int64_t row) {
+  const double size = std::fabs(scale), factor = exponent_factor(scale);
   for (int64_t i = at; i < at + rows; ++i, ++row) {
     const bool none = s.top[i] == -kInf && s.total[i] == 0.0f;
     write_row(out, row, s.sum.data() + i * s.ld, none ? 1.0f : s.total[i]);
-    const double log_sum = s.shift[i] * kLn2 + std::log(s.exact[i]);
+    // the sum is of 2^(factor * score - shift), and shift is rounded
+    const double off = s.shift[i] - s.top[i] * factor;
+    const double log_sum = s.top[i] * size + (off * kLn2 + std::log(s.exact[i]));
     lse[row] = none ? kInf : static_cast<float>(log_sum);
   }
 }
@@ -384,8 +394,8 @@ void run_all(const Args& a) {
                        s);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block_begin(T, block);
-        write_block(s, (block - begin) * kQueries, block_begin(T, block + 1) - row, out,
-                    lse.as<float>(), head * T + row);
+        write_block(s, (block - begin) * kQueries, block_begin(T, block + 1) - row,
+                    scale, out, lse.as<float>(), head * T + row);
       }
     }
   });

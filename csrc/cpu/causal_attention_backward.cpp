@@ -77,7 +77,7 @@ struct Scratch {
 
 void pack_row_block(const Problem& x, int64_t begin, Scratch& s) {
   const int64_t n = std::min<int64_t>(kRowBlock, x.T - begin);
-  pack_rows(x.q, begin, n, kRowBlock, x.scale, s.q.data(), s.ld);
+  pack_rows(x.q, begin, n, kRowBlock, 1.0f, s.q.data(), s.ld);
   pack_rows(x.grad, begin, n, kRowBlock, 1.0f, s.grad.data(), s.ld);
   for (int64_t i = 0; i < kRowBlock; ++i) {
     // exp(score - infinity) = 0 takes rows past the end out of every sum
@@ -105,14 +105,15 @@ float settle(float* p, const float* dots, int n) {
 
 // p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key
 // block. whole > 0: the tile's first row sees that many keys, and they are all in this block.
-void weigh(Scratch& m, int d, int at, int columns, int whole) {
+void weigh(Scratch& m, int d, float scale, int at, int columns, int whole) {
   float *p = m.p.data() + at * kKeyBlock, *s = m.s.data() + at * kKeyBlock;
   dot_products(m.q.data() + at * m.ld, m.ld, m.kt.data(), kKeyBlock, d, p, kKeyBlock, columns);
   dot_products(m.grad.data() + at * m.ld, m.ld, m.vt.data(), kKeyBlock, d, s, kKeyBlock, columns);
   for (int r = 0; r < kRows; ++r) {
     float *pr = p + r * kKeyBlock, *sr = s + r * kKeyBlock;
+    const VF lse = broadcast(m.lse[at + r]), factor = broadcast(scale);
     for (int j = 0; j < columns; j += kLanes)
-      store(pr + j, exp_nonpositive(load(pr + j) - m.lse[at + r]));
+      store(pr + j, exp_nonpositive(fma(load(pr + j), factor, -lse)));
     const float delta = whole > 0 ? settle(pr, sr, whole + r) : m.delta[at + r];
     for (int j = 0; j < columns; j += kLanes) store(sr + j, load(pr + j) * (load(sr + j) - delta));
   }
@@ -128,7 +129,7 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
     if (past < 0) continue;
     const bool diagonal = past < kKeyBlock;
     const int seen = diagonal ? static_cast<int>(past) : keys;
-    weigh(m, d, at, round_up(diagonal ? seen + kRows : seen, kLanes),
+    weigh(m, d, x.scale, at, round_up(diagonal ? seen + kRows : seen, kLanes),
           diagonal && key == 0 ? seen + 1 : 0);
     const float* s = m.s.data() + at * kKeyBlock;
     if (diagonal)
@@ -173,6 +174,8 @@ void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, con
       pack_row_block(x, row, m);
       row_block(x, row, key, keys, m, dq + row * m.ld);
     }
+    for (int i = 0; i < keys * m.ld; i += kLanes)
+      store(m.dk.data() + i, load(m.dk.data() + i) * x.scale);
     for (int j = 0; j < keys; ++j) {
       write_row(dk, out_row + key + j, m.dk.data() + j * m.ld, 1.0f);
       write_row(dv, out_row + key + j, m.dv.data() + j * m.ld, 1.0f);
