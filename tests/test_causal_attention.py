@@ -84,8 +84,13 @@ def test_backward_of_long_sequences_adds_ranges_of_keys(T):
     [(100.0, {}), (1e-4, {}), (1.0, {"scale": 2.0}), (1.0, {"scale": 0.0})],
 )
 def test_huge_tiny_and_scaled_logits(sharp, options, each_backend):
-    for T in (66, 130, 300):  # scores of hundreds: lse must fit the scores of the backward pass
-        assert_within_budget(qkv(2, 2, T, 64, sharp=sharp), **options)
+    assert_within_budget(qkv(2, 2, 66, 64, sharp=sharp), **options)
+
+
+@pytest.mark.parametrize("T", [130, 300])
+def test_lse_fits_the_scores_of_the_backward_pass(T, each_backend):
+    # scores of hundreds: where forward and backward round them differently, the weights are off
+    assert_within_budget(qkv(2, 2, T, 64, sharp=100.0))
 
 
 def test_negative_scale_is_a_negated_query(each_backend):
