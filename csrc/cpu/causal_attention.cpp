@@ -8,9 +8,9 @@
 //   kBlock keys, so its error grows with kBlock + T / kBlock. 2^x has 2 ulp; scale * log2(e) is
 //   multiplied into the scores. No overflow below the range of float32: the running maximum is
 //   taken out of every exponent. bfloat16 inputs on a CPU with vdpbf16ps: products of q and k are
-//   exact, weights are rounded to bfloat16 and the rounded ones are what out is divided by, so equal
-//   values stay equal; lse is of the weights before the rounding. Otherwise half-precision inputs
-//   are widened.
+//   exact, weights are rounded to bfloat16 and the rounded ones are what out is divided by, so
+//   equal values stay equal; lse is of the weights before the rounding. Otherwise half-precision
+//   inputs are widened.
 // Shape of the code: a unit of work is some blocks of kQueries rows of a (batch, head). The first
 //   block of a head takes the rows that are over, so a T that is no multiple costs next to nothing:
 //   that block sees few keys. For each block of keys the unit packs K and V in rows (bfloat16: V in
@@ -18,7 +18,13 @@
 //   and sum need no horizontal step; weights in place; and weights times V into the block's output,
 //   which is rescaled in the same store. Vectors and tiles that lie in the future are skipped. The
 //   order of work inside a row depends on T and d alone: equal bits for any number of threads.
-// Ladder: LADDER
+// Ladder: GFLOP/s of useful work, one thread of a loaded Zen 5, 32 heads, d = 64, T = 256 / 1024,
+//   2026-11-25; torch's SDPA: fp32 41 / 62, bf16 40 / 60.
+//   rows of 6 queries against transposed keys:        fp32  83 / 134, bf16 107 / 151
+//   queries in the lanes, all inlined into one body:  fp32 100 / 169, bf16 104 / 137 (vdpbf16ps)
+//   tiles as functions, so addresses stay in registers:               bf16 120 / 180
+//   vdpbf16ps by value, so sums stay in registers:    fp32 100 / 164, bf16 177 / 283
+//   No gain: prefetch of the next block's keys and values (T = 256 -2 %, T = 1024 +5 %, in noise).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -42,19 +48,19 @@ REFUSES(causal_attention, why_not)
 #define VQFAST_THIS_FILE "cpu/causal_attention.cpp"
 #include "foreach_isa.h"
 #include "tiled_attention.h"
-#include "bf16_pairs.h"
+#include "tiled_pairs.h"
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
 using namespace attention;
 
-constexpr int kQueries = 32;                     // rows of a block, in the lanes of kAcross vectors
+constexpr int kQueries = 32;  // rows of a block, in the lanes of kAcross vectors
 constexpr int kAcross = kQueries / kLanes;
-constexpr int kBlock = 64;                       // keys at a time
-constexpr int kKeyTile = kLanes == 16 ? 8 : 4;   // keys of a tile of scores
-constexpr int kRowTile = 4;                      // rows of a tile of the output
-constexpr int64_t kMostRows = 512;               // of a unit of work
+constexpr int kBlock = 64;                      // keys at a time
+constexpr int kKeyTile = kLanes == 16 ? 8 : 4;  // keys of a tile of scores
+constexpr int kRowTile = 4;                     // rows of a tile of the output
+constexpr int64_t kMostRows = 512;              // of a unit of work
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504f;
 constexpr double kLn2 = 0.693147180559945309;
@@ -109,8 +115,8 @@ VQFAST_INLINE int blind(const Block& b, int j) {
 // Scores of kKeyTile keys from j on and NV vectors of queries. The last piece of the sum over d
 // also takes the maximum; kMasked: keys of the future become -inf.
 template <int NV, bool kPairs, bool kMasked>
-__attribute__((noinline)) void score_tile(const Scratch& s, const float* q, const Block& b, int j, int vector, float* strip,
-                VF (&most)[kAcross]) {
+__attribute__((noinline)) void score_tile(const Scratch& s, const float* q, const Block& b, int j,
+                                          int vector, float* strip, VF (&most)[kAcross]) {
   const float* k = s.k.data() + j * s.packed;
   q += vector * kLanes;
   strip += j * kQueries + vector * kLanes;
@@ -167,8 +173,9 @@ void scores(const Scratch& s, const float* q, const Block& b, float* strip, VF (
 // Scores to weights relative to the running maximum, in place (pairs: keys 2 u and 2 u + 1 in row
 // 2 u); keep: what the earlier sums of each query have to be multiplied with.
 template <bool kPairs>
-__attribute__((noinline)) void soften(const Block& b, const VF (&most)[kAcross], float* strip, float* top, float* shift,
-            float* total, float* exact, float* keep) {
+__attribute__((noinline)) void soften(const Block& b, const VF (&most)[kAcross], float* strip,
+                                      float* top, float* shift, float* total, float* exact,
+                                      float* keep) {
   const VF scale = broadcast(b.scale);
   for (int v = 0; v < kAcross; ++v) {
     const int lane = v * kLanes;
@@ -243,16 +250,14 @@ VQFAST_INLINE void diagonal_steps(const float* p, const float* v, int ld, int64_
 // kRowTile rows of the output, NV vectors of it: sum = sum * keep + weights * V. The tile's first
 // row sees `seen` keys of the block (any number), each further row one more.
 template <int NV, bool kPairs>
-__attribute__((noinline)) void output_tile(const float* p, const float* v, int ld, int64_t seen, int keys, const float* keep,
-                 bool fresh, float* sum) {
-  constexpr int kEach = kPairs ? 2 : 1;           // keys of a step
-  constexpr int kRow = kEach * kQueries;          // of the weights of a step
+__attribute__((noinline)) void output_tile(const float* p, const float* v, int ld, int64_t seen,
+                                           int keys, const float* keep, bool fresh, float* sum) {
+  constexpr int kEach = kPairs ? 2 : 1;   // keys of a step
+  constexpr int kRow = kEach * kQueries;  // of the weights of a step
   const int steps = (keys + kEach - 1) / kEach;
-  const int whole =
-      static_cast<int>(std::min<int64_t>(std::max<int64_t>(seen, 0) / kEach, steps));
+  const int whole = static_cast<int>(std::min<int64_t>(std::max<int64_t>(seen, 0) / kEach, steps));
   VF acc[kRowTile][NV] = {};
-  for (int t = 0; t < whole; ++t)
-    row_step<NV, kPairs>(p + t * kRow, v + t * ld, 0, false, acc);
+  for (int t = 0; t < whole; ++t) row_step<NV, kPairs>(p + t * kRow, v + t * ld, 0, false, acc);
   if (seen < steps * kEach) {  // also where the last pair is half
     if (kPairs && (seen & 1))
       diagonal_steps<NV, kPairs, true>(p, v, ld, seen, steps, acc);
@@ -279,9 +284,9 @@ void outputs(const Scratch& s, const Block& b, const float* keep, float* sum) {
     for (int r = 0; r < rows; r += kRowTile) {
       const int64_t seen = b.diagonal() + r + 1;
       const auto tile = [&](auto width) {
-        output_tile<decltype(width)::value, kPairs>(
-            s.strip.data() + r, s.v.data() + t, s.ld, seen, b.keys, keep + r, b.first == 0,
-            sum + r * s.ld + t);
+        output_tile<decltype(width)::value, kPairs>(s.strip.data() + r, s.v.data() + t, s.ld, seen,
+                                                    b.keys, keep + r, b.first == 0,
+                                                    sum + r * s.ld + t);
       };
       if (take == 1) tile(std::integral_constant<int, 1>{});
       if (take == 2) tile(std::integral_constant<int, 2>{});
@@ -394,8 +399,8 @@ void run_all(const Args& a) {
                        s);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block_begin(T, block);
-        write_block(s, (block - begin) * kQueries, block_begin(T, block + 1) - row,
-                    scale, out, lse.as<float>(), head * T + row);
+        write_block(s, (block - begin) * kQueries, block_begin(T, block + 1) - row, scale, out,
+                    lse.as<float>(), head * T + row);
       }
     }
   });

@@ -52,8 +52,7 @@ VQFAST_INLINE VF add_pair(VF sum, VF pair) {
 VQFAST_INLINE VF load_pairs(const bf16* row, int64_t col, int t, int d) {
   const int n = std::min(d - 2 * t, 2 * kLanes);
   if (n <= 0) return VF{};
-  if (col == 1)
-    return (VF)_mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1u, row + 2 * t);
+  if (col == 1) return (VF)_mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1u, row + 2 * t);
   uint16_t x[2 * kLanes] = {};
   for (int i = 0; i < n; ++i) x[i] = row[(2 * t + i) * col].bits;
   VF v;
@@ -104,8 +103,7 @@ inline void pack_pairs_of_rows(const Head& x, int64_t begin, int64_t n, float* d
     for (int t = 0; t < ld; t += 2 * kLanes) {
       const bf16* row = data + (begin + i) * x.row;
       const __m512i a = (__m512i)load_pairs(row, x.col, t / 2, x.d);
-      const __m512i b =
-          i + 1 < n ? (__m512i)load_pairs(row + x.row, x.col, t / 2, x.d) : __m512i{};
+      const __m512i b = i + 1 < n ? (__m512i)load_pairs(row + x.row, x.col, t / 2, x.d) : __m512i{};
       float* to = dst + i / 2 * ld + t;
       store(to, (VF)_mm512_permutex2var_epi16(a, low, b));
       if (t + kLanes < ld) store(to + kLanes, (VF)_mm512_permutex2var_epi16(a, high, b));
