@@ -1,6 +1,6 @@
 """Attention of the rows of a step over their sequences' key-value cache, split over slots.
 
-Computes: out[r, h] = Σ_{s <= position_r} softmax_s(⟨q[r, h], k[slot_r, h, s]⟩ / √d) v[slot_r, h, s].
+Computes: out[r, h] = Σ_{s <= position} softmax_s(⟨q[r, h], k[slot, h, s]⟩ / √d) v[slot, h, s].
 Shape of the code: one program per (row, head, SPLIT slots); those past the row's position end at
     once. The positions are on the device, so the grid is that of a full cache. A row with more than
     one split writes each split's sum, maximum and total, and the program that finds itself the
@@ -14,24 +14,24 @@ import triton.language as tl
 
 
 @triton.jit
-def _split(k, v, base, query, col, first, length, d, D: tl.constexpr, SPLIT: tl.constexpr,
-           SLOTS: tl.constexpr):  # fmt: skip
+def _split(k, v, base, query, col, first, length, DIM: tl.constexpr, D: tl.constexpr,
+           SPLIT: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Unnormalised mean [D] of the values of slots first .. first + SPLIT, maximum, total."""
     lane = tl.arange(0, SLOTS)
-    real = col < d
+    real = col < DIM
     high = tl.full([SLOTS], float("-inf"), tl.float32)  # per lane, over the blocks
     total = tl.zeros([SLOTS], tl.float32)
     acc = tl.zeros([SLOTS, D], tl.float32)
-    for start in tl.range(first, tl.minimum(first + SPLIT, length), SLOTS, num_stages=2):
+    for start in tl.range(first, tl.minimum(first + SPLIT, length), SLOTS, num_stages=STAGES):
         slot = start + lane
         written = slot < length
-        at = base + slot.to(tl.int64)[:, None] * d + col[None, :]
+        at = base + slot.to(tl.int64)[:, None] * DIM + col[None, :]
         mask = written[:, None] & real[None, :]
         key = tl.load(k + at, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(v + at, mask=mask, other=0.0).to(tl.float32)
         score = tl.where(written, tl.sum(query[None, :] * key, axis=1), float("-inf"))
         new = tl.maximum(high, score)
-        # a lane without a slot has weight 2^0 of a zero value until its share makes it nothing
+        # a lane that has seen no slot: 2^-inf is a weight of nothing
         level = tl.where(new == float("-inf"), 0.0, new)
         shrink = tl.exp2(high - level)
         weight = tl.exp2(score - level)
@@ -45,11 +45,12 @@ def _split(k, v, base, query, col, first, length, d, D: tl.constexpr, SPLIT: tl.
 
 @triton.jit
 def decode_step_attention(
-    q, k, v, slots, positions, out, sums, levels, arrived, q_stride, out_stride, H, S, d, splits,
+    q, k, v, slots, positions, out, sums, levels, arrived, q_stride, out_stride, H, S, splits,
     scale_log2,
-    D: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[r, h·d + j]; sums [R, H, splits, D], levels [R, H, 2, splits] and arrived [R, H], zero
+    """out[r, h·DIM + j]; sums [R, H, splits, D], levels [R, H, 2, splits] and arrived [R, H], zero
     before and after, are scratch."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -59,12 +60,14 @@ def decode_step_attention(
     length = (tl.load(positions + row) + 1).to(tl.int32)
     if first < length:
         col = tl.arange(0, D)
-        real = col < d
-        query = tl.load(q + row * q_stride + head * d + col, mask=real, other=0.0) * scale_log2
-        base = ((tl.load(slots + row) * H + head) * S) * d
-        acc, best, total = _split(k, v, base, query, col, first, length, d, D, SPLIT, SLOTS)
+        real = col < DIM
+        query = tl.load(q + row * q_stride + head * DIM + col, mask=real, other=0.0) * scale_log2
+        base = ((tl.load(slots + row) * H + head) * S) * DIM
+        acc, best, total = _split(
+            k, v, base, query, col, first, length, DIM, D, SPLIT, SLOTS, STAGES
+        )
         pair = row * H + head
-        goal = out + row * out_stride + head * d + col
+        goal = out + row * out_stride + head * DIM + col
         n = (length + SPLIT - 1) // SPLIT
         if n == 1:
             tl.store(goal, (acc / total).to(out.dtype.element_ty), mask=real)

@@ -77,6 +77,21 @@ def _row_scales(w, panel, panels, panel_bytes, P: tl.constexpr):
     return tl.reshape(scale, [PANEL * P])
 
 
+@triton.jit
+def ask_for_weights(w, panels, panel_bytes, P: tl.constexpr):
+    """Starts to move the panels of this program into the L2 cache; they depend on no other kernel,
+    so this comes before the wait for the one that makes x."""
+    LINES: tl.constexpr = 256 // P
+    panel = tl.minimum(tl.program_id(0) * P + tl.arange(0, P), panels - 1)
+    start = w.to(tl.int64) + panel.to(tl.int64)[:, None] * panel_bytes  # [P, 1]
+    for first in range(0, panel_bytes, LINES * 128):
+        line = tl.minimum(first + tl.arange(0, LINES) * 128, panel_bytes - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [start + line[None, :]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 # ---- LayerNorm from moments of 16 columns --------------------------------------------------------
 
 

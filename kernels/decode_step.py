@@ -11,13 +11,13 @@ Computes: as vqfast/ops/decode_step.py says, for weights of 32, 16, 8 and 4 bits
 Contract: caches [L, B, H, S, d] contiguous, float32, float16 or bfloat16; d <= 256. Tokens, slots
     and positions are read on the device alone: a step can be captured in a graph.
 Numerics: the stream h, moments, softmax and sums are float32. Bits of a row depend on its sequence
-    alone (see _decode_step_matrix.py and _decode_step_attention.py), so no product may be fused with
-    a sum where two compilations of one kernel could choose differently: enable_fp_fusion is off in
-    the kernels that BLOCK_R specialises.
+    alone (see _decode_step_matrix.py and _decode_step_attention.py); so no product may be fused
+    with a sum where two compilations of one kernel could choose differently: enable_fp_fusion is
+    off in the kernels that BLOCK_R specialises.
 Shape of the code: a step reads every weight once, up to 64 rows; more rows go in blocks of 64. All
     that a kernel needs of whole rows of h is their moments per 16 columns, left by the kernel that
-    wrote them. Where the GPU has it, launches overlap (programmatic dependent launch): a kernel asks
-    for the weights it will read, then waits for the one before it.
+    wrote them. Where the GPU has it, launches overlap (programmatic dependent launch): a kernel
+    asks for the weights it will read, then waits for the one before it.
 """
 
 import math
@@ -27,15 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vqfast.kernels._decode_step_attention import decode_step_attention
-from vqfast.kernels._decode_step_matrix import product, tree
+from vqfast.kernels._decode_step_matrix import ask_for_weights, product, tree
 from vqfast.kernels._tuning import FLOATS, hopper, not_contiguous, on_device, power_of_2
 
 _PANEL = 16
 _VECTORS = 13  # times E, of a layer: LN1 w b, biases of qkv [3E] and proj, LN2 w b, of fc [4E], out
 _SPLIT = 128  # slots of one program of the attention
 _LOG2E = 1.4426950408889634
-# bits: columns of a step of the loop over K at most, stages of its pipeline
-_STEP = {32: (32, 3), 16: (128, 4), 8: (128, 4), 4: (128, 4)}
+# columns of a step of the loop over K, at most: after LayerNorm, and of operands as they are stored
+_COLUMNS = {32: (32, 32), 16: (128, 256), 8: (128, 256), 4: (128, 256)}
+_STAGE_BYTES, _MOST_STAGES = 128 << 10, 6  # of the pipeline of that loop: what an A100 holds
 
 
 @triton.jit
@@ -82,6 +83,7 @@ def decode_step_qkv(
     """q [R, E]; keys and values into the caches [B, H, S, d] of one layer."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        ask_for_weights(w, panels, panel_bytes, P)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
         w, panels, panel_bytes, h, h_stride, moments, norm, 0, R, E, Kp,
@@ -109,6 +111,7 @@ def decode_step_residual(
     """h += W x + bias, and the moments of the new h; one panel a program, which is one tile."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        ask_for_weights(w, panels, panel_bytes, P)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
         w, panels, panel_bytes, x, x_stride, moments, bias, 0, R, K, Kp,
@@ -131,6 +134,7 @@ def decode_step_gelu(
     """out [R, N] = gelu(W LayerNorm h + bias), by the error function."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        ask_for_weights(w, panels, panel_bytes, P)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
         w, panels, panel_bytes, h, h_stride, moments, norm, 0, R, E, Kp,
@@ -151,6 +155,7 @@ def decode_step_head(
     """logits [R, V] of LayerNorm of rows first_row and on."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        ask_for_weights(w, panels, panel_bytes, P)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
         w, panels, panel_bytes, h, h_stride, moments, norm, first_row, R, E, Kp,
@@ -168,25 +173,36 @@ def _padded(n: int, to: int) -> int:
 
 
 class _Matrix:
-    """Where a packed matrix [N, K] lies in the weights, and the tiles that it gets."""
+    """Where a packed matrix [N, K] lies in the weights, and its tiles."""
 
-    def __init__(self, N: int, K: int, bits: int, most_panels: int):
+    def __init__(self, N: int, K: int, bits: int, *, norm: bool):
         self.N, self.K, self.Kp = N, K, _padded(K, 64)
+        self.bits, self.norm = bits, norm
         self.panels = _padded(N, _PANEL) // _PANEL
-        per_column = {32: 64, 16: 32, 8: 16, 4: 9}[bits]
-        self.panel_bytes = per_column * self.Kp + (64 if bits == 8 else 0)
+        self.per_column = {32: 64, 16: 32, 8: 16, 4: 9}[bits]  # bytes of a panel
+        self.panel_bytes = self.per_column * self.Kp + (64 if bits == 8 else 0)
         self.bytes = self.panels * self.panel_bytes
-        # two panels a program where that still fills a GPU; a choice of the matrix, not of the rows
-        P = most_panels if self.panels >= 192 else 1
-        columns, stages = _STEP[bits]
-        self.tiles = {"P": P, "BLOCK_K": math.gcd(self.Kp, columns), "STAGES": stages, "BITS": bits}
-        self.programs = -(-self.panels // P)
+        # two panels a program where that still fills a GPU; `residual` needs one, a tile of moments
+        self.P = 2 if norm and self.panels >= 192 else 1
+        self.programs = -(-self.panels // self.P)
+
+    def tiles(self, rows: int) -> dict[str, int]:
+        """Of a launch for blocks of 16, 32 or 64 rows; none changes the order of a sum."""
+        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 else 2)
+        columns = math.gcd(self.Kp, columns)
+        size = 4 if self.norm or self.bits == 32 else 2  # of an element of x
+        stage = columns * (self.P * self.per_column + rows * size)
+        stages = max(2, min(_MOST_STAGES, _STAGE_BYTES // stage))
+        return {
+            "BITS": self.bits, "P": self.P, "BLOCK_K": columns, "BLOCK_R": rows, "STAGES": stages,
+            "num_warps": 4 if rows <= 32 else 8,
+        }  # fmt: skip
 
 
 def _unsupported_shape(k_cache: Tensor, bits: int) -> str | None:
     if k_cache.shape[4] > 256:
         return f"head dim {k_cache.shape[4]} is above 256"
-    return None if bits in _STEP else f"bits = {bits} is none of {', '.join(map(str, _STEP))}"
+    return None if bits in _COLUMNS else f"bits = {bits} is none of 32, 16, 8, 4"
 
 
 def unsupported_decode_step(
@@ -274,8 +290,14 @@ def decode_step(
         return
     E, stride, splits, D = H * d, h.stride(0), sums.shape[2], sums.shape[3]
     qkv, proj, fc, out, head = (
-        _Matrix(N, K, bits, most)
-        for N, K, most in ((3 * E, E, 2), (E, E, 1), (4 * E, E, 2), (E, 4 * E, 1), (V, E, 2))
+        _Matrix(N, K, bits, norm=norm)
+        for N, K, norm in (
+            (3 * E, E, True),
+            (E, E, False),
+            (4 * E, E, True),
+            (E, 4 * E, False),
+            (V, E, True),
+        )
     )
     # programmatic dependent launch begins with Hopper; off the GPU there is nothing to overlap
     pdl = tokens.device.type != "cpu" and hopper(tokens)
@@ -283,10 +305,10 @@ def decode_step(
     narrow = tl.bfloat16 if tokens.device.type != "cpu" else tl.float32
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     fixed = {
-        "OPERAND": tl.float32 if bits == 32 else narrow, "BLOCK_R": power_of_2(R, 16, 64),
-        "num_warps": 4, "enable_fp_fusion": False, **launch,
+        "OPERAND": tl.float32 if bits == 32 else narrow, "enable_fp_fusion": False, **launch,
     }  # fmt: skip
-    blocks = -(-R // fixed["BLOCK_R"])
+    size = power_of_2(R, 16, 64)
+    blocks = -(-R // size)
     base = vector = 0
 
     def take(m: _Matrix) -> tuple[Tensor, int, int]:
@@ -302,10 +324,16 @@ def decode_step(
     def residual(m: _Matrix, x: Tensor) -> None:
         decode_step_residual[m.programs, blocks](
             *take(m), x, x.stride(0), part(E), h, stride, moments, R, E, m.K, m.Kp,
-            **m.tiles, **fixed,
+            **m.tiles(size), **fixed,
         )  # fmt: skip
 
     block = power_of_2(E, 64, 2048)
+    walk = {
+        "DIM": d, "D": D, "SPLIT": _SPLIT, "SLOTS": max(16, 8192 // k_cache.element_size() // D),
+        # copies to shared memory take four bytes or more
+        "STAGES": 2 if d * k_cache.element_size() % 16 == 0 else 1,
+        "num_warps": 4, "enable_fp_fusion": True,
+    }  # fmt: skip
     with on_device(tokens):
         decode_step_embedding[(R,)](
             tokens, positions, tok_emb, pos_emb, h, moments, arrived, E, stride, moments.shape[2],
@@ -317,24 +345,22 @@ def decode_step(
             norm, bias = part(2 * E), part(3 * E)
             decode_step_qkv[qkv.programs, blocks](
                 *take(qkv), h, stride, moments, norm, bias, q, keys, values, slots, positions,
-                R, E, qkv.Kp, H, S, d, **qkv.tiles, **fixed,
+                R, E, qkv.Kp, H, S, d, **qkv.tiles(size), **fixed,
             )  # fmt: skip
             decode_step_attention[R, H, splits](
                 q, keys, values, slots, positions, attended, sums, levels, arrived,
-                stride, attended.stride(0), H, S, d, splits, _LOG2E / math.sqrt(d),
-                D=D, SPLIT=_SPLIT, SLOTS=max(16, 4096 // D), num_warps=4, enable_fp_fusion=True,
-                **launch,
+                stride, attended.stride(0), H, S, splits, _LOG2E / math.sqrt(d), **walk, **launch,
             )  # fmt: skip
             residual(proj, attended)
             norm, bias = part(2 * E), part(4 * E)
             decode_step_gelu[fc.programs, blocks](
                 *take(fc), h, stride, moments, norm, bias, hidden, hidden.stride(0),
-                R, fc.N, E, fc.Kp, **fc.tiles, **fixed,
+                R, fc.N, E, fc.Kp, **fc.tiles(size), **fixed,
             )  # fmt: skip
             residual(out, hidden)
         if n_logits:
-            rows = {**fixed, "BLOCK_R": power_of_2(n_logits, 16, 64)}
-            decode_step_head[head.programs, -(-n_logits // rows["BLOCK_R"])](
+            size = power_of_2(n_logits, 16, 64)
+            decode_step_head[head.programs, -(-n_logits // size)](
                 *take(head), h, stride, moments, part(2 * E), logits, R - n_logits, n_logits,
-                V, E, head.Kp, **head.tiles, **rows,
+                V, E, head.Kp, **head.tiles(size), **fixed,
             )  # fmt: skip
