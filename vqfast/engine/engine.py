@@ -24,7 +24,8 @@ class Engine:
     Args:
         gpt: the model; its weights are copied, so later changes do not show.
         precision: of weights: "fp32", "bf16", "int8" (a scale per row) or "int4" (a scale per 32
-            weights of a row). Activations are float32; the cache is bfloat16 unless "fp32".
+            weights of a row). Sums are float32; activations are rounded as the products want them
+            (vqfast/ops/_packed.py); the cache is bfloat16 unless "fp32".
         batch: most sequences at a time. Cache: 2·n_layer·block_size·n_embd values for each.
 
     Raises:
