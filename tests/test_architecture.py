@@ -17,7 +17,7 @@ LEVELS = {
     "nn": 2, "checkpoints": 2, "images": 2,
     "models": 3,
     "engine": 4, "data": 4, "metrics": 4, "losses": 4, "accelerate": 4, "testing": 4,
-    "pipeline": 5, "train": 5, "_info": 5,
+    "pipeline": 5, "sampling": 5, "train": 5, "_info": 5,
     "": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 LINES = {"kernels": 500, "vqfast/ops": 250, "csrc": 600}
