@@ -182,8 +182,9 @@ class _Matrix:
         self.per_column = {32: 64, 16: 32, 8: 16, 4: 9}[bits]  # bytes of a panel
         self.panel_bytes = self.per_column * self.Kp + (64 if bits == 8 else 0)
         self.bytes = self.panels * self.panel_bytes
-        # two panels a program where that still fills a GPU; `residual` needs one, a tile of moments
-        self.P = 2 if norm and self.panels >= 192 else 1
+        # two panels a program where that still fills a GPU and float32 does not fill its registers;
+        # `residual` needs one, a tile of moments
+        self.P = 2 if norm and bits < 32 and self.panels >= 192 else 1
         self.programs = -(-self.panels // self.P)
 
     def tiles(self, rows: int) -> dict[str, int]:

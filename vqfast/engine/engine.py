@@ -6,12 +6,13 @@ function of (seed, sample index, condition) alone, bit for bit on one backend an
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vqfast import _check
+from vqfast.engine import graph
 from vqfast.engine.guidance import Guidance, guidance
 from vqfast.engine.packing import BITS, pack_gpt
 from vqfast.engine.step import OnStep, Step, check_on_step
@@ -37,6 +38,8 @@ class Engine:
         TypeError: gpt is not a vqfast.GPT. ValueError: unknown precision, batch < 1, or a GPT with
             n_unmasked > 0, which no cache can serve.
     """
+
+    _loops: ClassVar = {"cuda": graph.loop}  # by device; elsewhere `_loop`
 
     def __init__(self, gpt: GPT, precision: str = "fp32", batch: int = 8):
         if not isinstance(gpt, GPT):
@@ -169,7 +172,8 @@ class Engine:
         out = torch.full((b, n), -1, dtype=torch.int64, device=self.device)
         if out.numel():
             try:
-                self._loop(out, cond, uncond, guide, index, position, on_step, options)
+                loop = self._loops.get(self.device.type, Engine._loop)
+                loop(self, out, cond, uncond, guide, index, position, on_step, options)
             finally:
                 self.reset()
         return out
@@ -231,6 +235,7 @@ class Engine:
         c = self.config
         shape = (c.n_layer, rows, c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        self._steps: dict[tuple, graph.Steps] = {}  # captured steps read and write one cache
         self._k_cache = self._v_cache = torch.empty(0)  # the old ones go first
         self._k_cache, self._v_cache = (empty_cache(shape, dtype, self.device) for _ in range(2))
 
