@@ -70,7 +70,7 @@ def decode_step_attention(
         goal = out + row * out_stride + head * DIM + col
         n = (length + SPLIT - 1) // SPLIT
         if n == 1:
-            tl.store(goal, (acc / total).to(out.dtype.element_ty), mask=real)
+            tl.store(goal, tl.math.div_rn(acc, total).to(out.dtype.element_ty), mask=real)
         else:
             tl.store(sums + (pair * splits + split) * D + col, acc)
             tl.store(levels + pair * 2 * splits + split, best)
@@ -89,5 +89,5 @@ def decode_step_attention(
                     merged = merged * shrink + acc * share
                     weight = weight * shrink + total * share
                     level = new
-                tl.store(goal, (merged / weight).to(out.dtype.element_ty), mask=real)
+                tl.store(goal, tl.math.div_rn(merged, weight).to(out.dtype.element_ty), mask=real)
                 tl.store(arrived + pair, 0)

@@ -131,7 +131,7 @@ def _mean_and_rstd(moments, row, real, stride, tiles, E, EPS: tl.constexpr, ROWS
         count, mean, square = _tile_moments(moments, row, real, stride, first, tiles, E, MANY)
         away = mean - centre[:, None]
         total += square + count * away * away
-    return centre, 1.0 / tl.sqrt(tree(total) / E + EPS)
+    return centre, tl.math.div_rn(1.0, tl.math.sqrt_rn(tree(total) / E + EPS))
 
 
 # ---- the product ---------------------------------------------------------------------------------
