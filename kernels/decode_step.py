@@ -30,7 +30,6 @@ from vqfast.kernels._decode_step_attention import decode_step_attention
 from vqfast.kernels._decode_step_matrix import ask_for_weights, product, tree
 from vqfast.kernels._tuning import FLOATS, hopper, not_contiguous, on_device, power_of_2
 
-_PANEL = 16
 _VECTORS = 13  # times E, of a layer: LN1 w b, biases of qkv [3E] and proj, LN2 w b, of fc [4E], out
 _SPLIT = 128  # slots of one program of the attention
 _LOG2E = 1.4426950408889634
@@ -75,19 +74,19 @@ def _store_moments(x, inside, at, tiles, mask):
 
 @triton.jit(do_not_specialize=["R"])
 def decode_step_qkv(
-    w, panels, panel_bytes, h, h_stride, moments, norm, bias, q, k_cache, v_cache, slots, positions,
+    w, panel_bytes, h, h_stride, moments, norm, bias, q, k_cache, v_cache, slots, positions,
     R, E, Kp, H, S, d,
-    BITS: tl.constexpr, P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BITS: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [R, E]; keys and values into the caches [B, H, S, d] of one layer."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        ask_for_weights(w, panels, panel_bytes, P)
+        ask_for_weights(w, panel_bytes, M)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
-        w, panels, panel_bytes, h, h_stride, moments, norm, 0, R, E, Kp,
-        True, BITS, P, BLOCK_K, BLOCK_R, STAGES, OPERAND,
+        w, panel_bytes, h, h_stride, moments, norm, 0, R, E, Kp,
+        True, BITS, M, BLOCK_K, BLOCK_R, STAGES, OPERAND,
     )  # fmt: skip
     y += tl.load(bias + n, mask=n < 3 * E, other=0.0)[None, :]
     part, c = n // E, n % E
@@ -104,18 +103,18 @@ def decode_step_qkv(
 
 @triton.jit(do_not_specialize=["R"])
 def decode_step_residual(
-    w, panels, panel_bytes, x, x_stride, bias, h, h_stride, moments, R, E, K, Kp,
-    BITS: tl.constexpr, P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    w, panel_bytes, x, x_stride, bias, h, h_stride, moments, R, E, K, Kp,
+    BITS: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h += W x + bias, and the moments of the new h; one panel a program, which is one tile."""
+    """h += W x + bias, and the moments of the new h; 16 columns a program, which are one tile."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        ask_for_weights(w, panels, panel_bytes, P)
+        ask_for_weights(w, panel_bytes, M)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
-        w, panels, panel_bytes, x, x_stride, moments, bias, 0, R, K, Kp,
-        False, BITS, P, BLOCK_K, BLOCK_R, STAGES, OPERAND,
+        w, panel_bytes, x, x_stride, moments, bias, 0, R, K, Kp,
+        False, BITS, M, BLOCK_K, BLOCK_R, STAGES, OPERAND,
     )  # fmt: skip
     mask = real[:, None] & (n < E)[None, :]
     at = h + row[:, None] * h_stride + n[None, :]
@@ -127,18 +126,18 @@ def decode_step_residual(
 
 @triton.jit(do_not_specialize=["R"])
 def decode_step_gelu(
-    w, panels, panel_bytes, h, h_stride, moments, norm, bias, out, out_stride, R, N, E, Kp,
-    BITS: tl.constexpr, P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    w, panel_bytes, h, h_stride, moments, norm, bias, out, out_stride, R, N, E, Kp,
+    BITS: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [R, N] = gelu(W LayerNorm h + bias), by the error function."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        ask_for_weights(w, panels, panel_bytes, P)
+        ask_for_weights(w, panel_bytes, M)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
-        w, panels, panel_bytes, h, h_stride, moments, norm, 0, R, E, Kp,
-        True, BITS, P, BLOCK_K, BLOCK_R, STAGES, OPERAND,
+        w, panel_bytes, h, h_stride, moments, norm, 0, R, E, Kp,
+        True, BITS, M, BLOCK_K, BLOCK_R, STAGES, OPERAND,
     )  # fmt: skip
     y += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
     y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
@@ -148,18 +147,18 @@ def decode_step_gelu(
 
 @triton.jit(do_not_specialize=["R", "first_row"])
 def decode_step_head(
-    w, panels, panel_bytes, h, h_stride, moments, norm, logits, first_row, R, V, E, Kp,
-    BITS: tl.constexpr, P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    w, panel_bytes, h, h_stride, moments, norm, logits, first_row, R, V, E, Kp,
+    BITS: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """logits [R, V] of LayerNorm of rows first_row and on."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        ask_for_weights(w, panels, panel_bytes, P)
+        ask_for_weights(w, panel_bytes, M)
         tl.extra.cuda.gdc_wait()
     n, row, real, y = product(
-        w, panels, panel_bytes, h, h_stride, moments, norm, first_row, R, E, Kp,
-        True, BITS, P, BLOCK_K, BLOCK_R, STAGES, OPERAND,
+        w, panel_bytes, h, h_stride, moments, norm, first_row, R, E, Kp,
+        True, BITS, M, BLOCK_K, BLOCK_R, STAGES, OPERAND,
     )  # fmt: skip
     row -= first_row
     tl.store(logits + row[:, None] * V + n[None, :], y, mask=real[:, None] & (n < V)[None, :])
@@ -178,24 +177,23 @@ class _Matrix:
     def __init__(self, N: int, K: int, bits: int, *, norm: bool):
         self.N, self.K, self.Kp = N, K, _padded(K, 64)
         self.bits, self.norm = bits, norm
-        self.panels = _padded(N, _PANEL) // _PANEL
-        self.per_column = {32: 64, 16: 32, 8: 16, 4: 9}[bits]  # bytes of a panel
-        self.panel_bytes = self.per_column * self.Kp + (64 if bits == 8 else 0)
-        self.bytes = self.panels * self.panel_bytes
-        # two panels a program where that still fills a GPU and float32 does not fill its registers;
-        # `residual` needs one, a tile of moments
-        self.P = 2 if norm and bits < 32 and self.panels >= 192 else 1
-        self.programs = -(-self.panels // self.P)
+        per_column = {32: 256, 16: 128, 8: 64, 4: 36}[bits]  # bytes of a panel of 64 rows
+        self.panel_bytes = per_column * self.Kp + (256 if bits == 8 else 0)
+        self.bytes = _padded(N, 64) // 64 * self.panel_bytes
+        # 32 rows a program where that still fills a GPU, and float32 does not fill its registers;
+        # `residual` has a tile of moments each
+        self.M = 32 if norm and bits < 32 and N >= 3072 else 16
+        self.programs = -(-N // self.M)
 
     def tiles(self, rows: int) -> dict[str, int]:
         """Of a launch for blocks of 16, 32 or 64 rows; none changes the order of a sum."""
         columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 else 2)
         columns = math.gcd(self.Kp, columns)
         size = 4 if self.norm or self.bits == 32 else 2  # of an element of x
-        stage = columns * (self.P * self.per_column + rows * size)
+        stage = columns * (self.M * self.bits // 8 + rows * size)
         stages = max(2, min(_MOST_STAGES, _STAGE_BYTES // stage))
         return {
-            "BITS": self.bits, "P": self.P, "BLOCK_K": columns, "BLOCK_R": rows, "STAGES": stages,
+            "BITS": self.bits, "M": self.M, "BLOCK_K": columns, "BLOCK_R": rows, "STAGES": stages,
             "num_warps": 4 if rows <= 32 else 8,
         }  # fmt: skip
 
@@ -312,10 +310,10 @@ def decode_step(
     blocks = -(-R // size)
     base = vector = 0
 
-    def take(m: _Matrix) -> tuple[Tensor, int, int]:
+    def take(m: _Matrix) -> tuple[Tensor, int]:
         nonlocal base
         base += m.bytes
-        return weights[base - m.bytes : base], m.panels, m.panel_bytes
+        return weights[base - m.bytes : base], m.panel_bytes
 
     def part(n: int) -> Tensor:
         nonlocal vector
