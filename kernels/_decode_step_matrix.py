@@ -24,17 +24,19 @@ _GROUP_BYTES = tl.constexpr(1152)  # of int4: 64 bfloat16 scales and four lines
 
 
 @triton.jit
-def _panel(w, first, panel_bytes):
-    """Where the panel of row `first` begins, and the place of the row in it."""
-    return w + (first // _PANEL).to(tl.int64) * panel_bytes, first % _PANEL
+def _panel(w, panel_bytes, M: tl.constexpr):
+    """Where the panel of this program begins, and the place of its M rows in it."""
+    MANY: tl.constexpr = _PANEL // M
+    pid = tl.program_id(0)  # the product comes last, so that the compiler sees a multiple of M
+    return w + (pid // MANY).to(tl.int64) * panel_bytes, pid % MANY * M
 
 
 @triton.jit
-def _weights(w, first, panel_bytes, k, BITS: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+def _weights(w, panel_bytes, k, BITS: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
              OPERAND: tl.constexpr):  # fmt: skip
-    """[M, K] of a packed matrix, rows first .. first + M of one panel, columns from k on, which is
-    a multiple of K; int8 without its scales."""
-    base, within = _panel(w, first, panel_bytes)
+    """[M, K] of a packed matrix, the rows of this program, columns from k on, which is a multiple
+    of K; int8 without its scales."""
+    base, within = _panel(w, panel_bytes, M)
     if BITS == 4:
         G: tl.constexpr = K // GROUP
         group = k // GROUP + tl.arange(0, G)  # [G]
@@ -49,7 +51,9 @@ def _weights(w, first, panel_bytes, k, BITS: tl.constexpr, M: tl.constexpr, K: t
         x = (tl.reshape(x, [M, G, GROUP]).to(tl.int8) - 8).to(OPERAND)
         return tl.reshape(x * tl.trans(scale).to(OPERAND)[:, :, None], [M, K])
     else:
-        element: tl.constexpr = {32: tl.float32, 16: tl.bfloat16, 8: tl.uint8}[BITS]
+        element: tl.constexpr = (
+            tl.float32 if BITS == 32 else (tl.bfloat16 if BITS == 16 else tl.uint8)
+        )
         EACH: tl.constexpr = 32 // BITS  # columns of a line, and elements of a word
         LINES: tl.constexpr = K // EACH
         line = k // EACH + tl.arange(0, LINES)
@@ -64,9 +68,9 @@ def _weights(w, first, panel_bytes, k, BITS: tl.constexpr, M: tl.constexpr, K: t
 
 
 @triton.jit
-def _row_scales(w, first, panel_bytes, M: tl.constexpr):
-    """[M] float32 scales of rows of an int8 matrix."""
-    base, within = _panel(w, first, panel_bytes)
+def _row_scales(w, panel_bytes, M: tl.constexpr):
+    """[M] float32 scales of the rows of an int8 matrix."""
+    base, within = _panel(w, panel_bytes, M)
     return tl.load(base.to(tl.pointer_type(tl.float32)) + within + tl.arange(0, M))
 
 
@@ -74,7 +78,7 @@ def _row_scales(w, first, panel_bytes, M: tl.constexpr):
 def ask_for_weights(w, panel_bytes, M: tl.constexpr):
     """Starts to move the rows of this program into the L2 cache; they depend on no other kernel, so
     this comes before the wait for the one that makes x."""
-    base, within = _panel(w, tl.program_id(0) * M, panel_bytes)
+    base, within = _panel(w, panel_bytes, M)
     start = base.to(tl.int64) + within * 4
     for first in range(0, panel_bytes, 256 * _LINE):
         # scales of int4 put its lines off by half a line: the next one then comes too
@@ -140,7 +144,6 @@ def product(
 
     With NORM, x is LayerNorm of the stream x: `moments` has its moments, `norm` weight and bias.
     """
-    first = tl.program_id(0) * M
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     real = row < R
     row = (first_row + row).to(tl.int64)
@@ -150,7 +153,7 @@ def product(
     acc = tl.zeros([M, BLOCK_R], tl.float32)
     at = x + row[:, None] * x_stride
     for k in tl.range(0, Kp, BLOCK_K, num_stages=STAGES):
-        weight = _weights(w, first, panel_bytes, k, BITS, M, BLOCK_K, OPERAND)
+        weight = _weights(w, panel_bytes, k, BITS, M, BLOCK_K, OPERAND)
         col = k + tl.arange(0, BLOCK_K)
         inside = col < K
         part = tl.load(at + col[None, :], mask=real[:, None] & inside[None, :], other=0.0)
@@ -161,5 +164,5 @@ def product(
         acc = tl.dot(weight, tl.trans(part.to(OPERAND)), acc, input_precision="ieee")
     y = tl.trans(acc)
     if BITS == 8:
-        y *= _row_scales(w, first, panel_bytes, M)[None, :]
-    return first + tl.arange(0, M), row, real, y
+        y *= _row_scales(w, panel_bytes, M)[None, :]
+    return tl.program_id(0) * M + tl.arange(0, M), row, real, y

@@ -342,15 +342,23 @@ def products(compiled, arch):
 @pytest.mark.parametrize("arch", (80, 90))
 def test_the_step_adds_in_one_order_whatever_its_rows(compiled, arch):
     """Blocks of 16, 32 and 64 rows use one tensor-core instruction, 16 columns of the sum at a
-    time; float32 uses none. Weights come by asynchronous copies."""
+    time; float32 uses none."""
     blocks = set()
     for bits, k in products(compiled, arch):
         found = {o for o, _, _ in k.instructions() if o.startswith(("HMMA", "HGMMA"))}
         assert found == ({"HMMA.16816.F32.BF16"} if bits < 32 else set()), k.report
-        loop = k.loop_around("HMMA" if bits < 32 else "FFMA")
-        assert any(o.startswith("LDGSTS") for o in loop), k.report
         blocks.add((bits < 32, k.constants["BLOCK_R"]))
     assert blocks == {(False, 16), (False, 64), (True, 16), (True, 32), (True, 64)}
+
+
+@pytest.mark.parametrize("arch", (80, 90))
+def test_the_step_copies_weights_and_rows_16_bytes_at_a_time(compiled, arch):
+    for bits, k in products(compiled, arch):
+        loop = k.loop_around("HMMA" if bits < 32 else "FFMA")
+        copies = sum(o.startswith("LDGSTS") and "128" in o for o in loop)
+        values = k.constants["BLOCK_K"] * k.constants["M"]
+        least = values * bits // 8 / 16 / 32 / k.options["num_warps"]
+        assert copies >= max(1, least), k.report
 
 
 @pytest.mark.parametrize("arch", (80, 90))
