@@ -1,9 +1,10 @@
 """Benches: python bench/run.py --suite micro --op nearest
 
 Suites: micro (one op), model (encode, decode), train (a step of each stage), sample (cached
-decoding). The op's checks run first; without them passed there is no number (--no-gate prints
-UNVERIFIED). Opponents in bench/baselines run in the same interleaved rounds, those that are not
-installed are listed as absent. Times are p50 [p20-p80]. The last line is one JSON object.
+decoding, and the command `vqfast sample`; all of it takes a quarter of an hour, --case chooses).
+The op's checks run first; without them passed there is no number (--no-gate prints UNVERIFIED).
+Opponents in bench/baselines run in the same interleaved rounds, those that are not installed are
+listed as absent. Times are p50 [p20-p80]. The last line is one JSON object.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import networks
 import picture
 import report
 import roofline
+import sampling
 import torch
 
 from vqfast.testing.timing import environment
@@ -34,17 +36,24 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--suite", choices=SUITES, default="micro")
     p.add_argument("--op", help="micro: one op (all by default)")
-    p.add_argument("--case", help="one case by its id (all of the suite by default)")
+    p.add_argument(
+        "--case", help="by its id, or a pattern as gpt_small* (all of the suite by default)"
+    )
     p.add_argument("--backend", help="micro: one of ours: cuda, triton, cpu, reference")
     p.add_argument(
         "--dtype",
-        default="fp32",
-        help="fp32, fp16, bf16 (sample: int8, int4 too); several with commas",
+        help="fp32 (the default), fp16, bf16; sample: our precisions fp32, bf16, int8, int4 (all "
+        "by default), opponents in fp32 and bf16 accordingly; several with commas",
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, help="of torch, and so of our kernels")
     p.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at most")
-    p.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds per case")
+    p.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        help=f"seconds per case (20), sample: per contestant of a case ({sampling.BUDGET_S:g})",
+    )
     p.add_argument("--base", metavar="REF", help="micro: another commit, built and run beside this")
     p.add_argument("--no-gate", action="store_true", help="skip the checks; prints UNVERIFIED")
     p.add_argument("--json", action="store_true", help="stdout holds the JSON object alone")
@@ -93,8 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.base:
         line["base"] = report.commit(f"{args.base}^{{commit}}")
     if args.plot and rows:
-        picture.draw(line, args.plot)
-        print(f"drawn: {args.plot}", file=shown)
+        try:
+            picture.draw(line, args.plot)
+            print(f"drawn: {args.plot}", file=shown)
+        except ValueError as error:
+            say(f"bench: {error}")
     if args.record and rows and not args.no_gate:
         print(f"recorded: {report.append(args.suite, line)}", file=shown)
     print(json.dumps(line))
@@ -102,8 +114,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _suite(args: argparse.Namespace, say: Any) -> Any:
-    dtypes = tuple(args.dtype.split(","))
-    known = (*micro.DTYPES, *(("int8", "int4") if args.suite == "sample" else ()))
+    sample = args.suite == "sample"
+    known = tuple(sampling.BYTES if sample else micro.DTYPES)
+    dtypes = tuple(args.dtype.split(",")) if args.dtype else known if sample else ("fp32",)
+    budget = args.budget or (sampling.BUDGET_S if sample else 20.0)
     for name in dtypes:
         if name not in known:
             raise ValueError(f"--dtype must be out of {', '.join(known)}, got {name!r}")
@@ -114,13 +128,13 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
         dtypes=dtypes,
         device=args.device,
         rounds=args.rounds,
-        budget_s=args.budget,
+        budget_s=budget,
         gate=not args.no_gate,
     )
     if args.suite != "micro":
         if args.base or args.op or args.backend:
             raise ValueError("--base, --op and --backend belong to the suite micro")
-        return networks.run(args.suite, options, say)
+        return sampling.run(options, say) if sample else networks.run(args.suite, options, say)
     if args.base:
         return against.run(args.base, options, say)
     return micro.run(options, say)
@@ -128,7 +142,7 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
 
 def _versions(rows: list[report.Row], device: str) -> dict[str, str]:
     """What each opponent in the rows was."""
-    names = {r.contestant for r in rows if not r.ours}
+    names = {r.contestant.split()[0] for r in rows if not r.ours}  # without their format
     found = {}
     for measure in {r.measure for r in rows}:
         for name, module in baselines.opponents(measure, device)[0].items():

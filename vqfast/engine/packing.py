@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqfast.engine._memory import empty_bytes
 from vqfast.models.gpt import GPT
 from vqfast.ops._packed import matrix_bytes, pack_matrix
 from vqfast.ops.decode_step import matrices
@@ -37,7 +38,7 @@ def pack_gpt(gpt: GPT, precision: str) -> Packed:
     shapes = matrices(c.n_layer, c.n_embd, c.vocab_size)
     sizes = [matrix_bytes(*shape, bits) for shape in shapes]
     device = gpt.tok_emb.weight.device
-    weights = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    weights = empty_bytes(sum(sizes), device)
     with torch.no_grad():
         sources, vectors = [], []
         for block in gpt.blocks:
