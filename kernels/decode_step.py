@@ -187,7 +187,7 @@ class _Matrix:
 
     def tiles(self, rows: int) -> dict[str, int]:
         """Of a launch for blocks of 16, 32 or 64 rows; none changes the order of a sum."""
-        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 else 2)
+        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 or self.bits == 32 else 2)
         columns = math.gcd(self.Kp, columns)
         size = 4 if self.norm or self.bits == 32 else 2  # of an element of x
         stage = columns * (self.M * self.bits // 8 + rows * size)
@@ -196,6 +196,11 @@ class _Matrix:
             "BITS": self.bits, "M": self.M, "BLOCK_K": columns, "BLOCK_R": rows, "STAGES": stages,
             "num_warps": 4 if rows <= 32 else 8,
         }  # fmt: skip
+
+
+def _operand(t: Tensor, bits: int) -> tl.dtype:
+    """What is multiplied. The interpreter knows no rounding to bfloat16, nor its products."""
+    return tl.float32 if bits == 32 or t.device.type == "cpu" else tl.bfloat16
 
 
 def _unsupported_shape(k_cache: Tensor, bits: int) -> str | None:
@@ -300,11 +305,9 @@ def decode_step(
     )
     # programmatic dependent launch begins with Hopper; off the GPU there is nothing to overlap
     pdl = tokens.device.type != "cpu" and hopper(tokens)
-    # the interpreter multiplies bfloat16 wrongly in triton 3.6
-    narrow = tl.bfloat16 if tokens.device.type != "cpu" else tl.float32
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     fixed = {
-        "OPERAND": tl.float32 if bits == 32 else narrow, "enable_fp_fusion": False, **launch,
+        "OPERAND": _operand(tokens, bits), "enable_fp_fusion": False, **launch,
     }  # fmt: skip
     size = power_of_2(R, 16, 64)
     blocks = -(-R // size)

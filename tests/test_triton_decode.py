@@ -3,6 +3,7 @@
 A script like test_triton_interpret.py, whose harness it shares.
 """
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -65,6 +66,49 @@ def one_product_after_another():
     return mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
+def bfloat16_as_on_a_gpu():
+    """The interpreter cuts float32 to bfloat16 and computes with its bits as with integers; here it
+    rounds, and operands are bfloat16 as they are on a GPU.
+    """
+    import numpy as np
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from vqfast.kernels import decode_step
+
+    def is_bfloat16(x):
+        return x.scalar == bfloat16
+
+    def wide(x):
+        if is_bfloat16(x.dtype):
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return x.data
+
+    def narrow(x):
+        values = torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16()
+        return TensorHandle(values.view(torch.uint16).numpy(), bfloat16)
+
+    def cast(self, x, to, old=InterpreterBuilder.cast_impl):
+        if is_bfloat16(to) == is_bfloat16(x.dtype):
+            return old(self, x, to)
+        if is_bfloat16(to):
+            return narrow(x.data)
+        return old(self, TensorHandle(wide(x), float32), to)
+
+    def binary(self, x, y, op, old=InterpreterBuilder.binary_op):
+        if is_bfloat16(x.dtype):
+            return narrow(op(wide(x), wide(y)))
+        return old(self, x, y, op)
+
+    def dot(self, a, b, d, *_):
+        return TensorHandle(wide(a) @ wide(b) + d.data, d.dtype.scalar)
+
+    stack = contextlib.ExitStack()
+    for name, function in (("cast_impl", cast), ("binary_op", binary), ("create_dot", dot)):
+        stack.enter_context(mock.patch.object(InterpreterBuilder, name, function))
+    stack.enter_context(mock.patch.object(decode_step, "_operand", lambda t, bits: bfloat16))
+    return stack
+
+
 def step(where, k, v, packed, bits, n_logits):
     """Logits, and the caches as the kernel leaves them."""
     from vqfast import _dispatch
@@ -95,6 +139,19 @@ def step_meets_the_budget_in_every_format():
         where = rows(*((b, 4 + t) for t in range(T) for b in (2, 0, 1)))
         inputs = (*where, *caches(B, S, d, (4,) * 3, dtype), *model(d, S, bits), bits, 7)
         within(inputs, f"{bits} bits, d {d}")
+
+
+@check
+def step_meets_the_budget_with_the_operands_of_a_gpu():
+    for bits, d, dtype in (
+        (16, 32, torch.float32),
+        (8, 20, torch.bfloat16),
+        (4, 33, torch.float32),
+    ):
+        where = rows((1, 4), (0, 4), (1, 5))
+        inputs = (*where, *caches(2, 7, d, (4, 4), dtype), *model(d, 7, bits), bits, 3)
+        with bfloat16_as_on_a_gpu():
+            within(inputs, f"{bits} bits, d {d}")
 
 
 @check
