@@ -229,6 +229,8 @@ def unsupported_decode_step(
     for name, t in (("tok_emb", tok_emb), ("pos_emb", pos_emb), ("vectors", vectors)):
         if t.dtype != torch.float32:
             return f"{name} is {str(t.dtype).removeprefix('torch.')}, takes float32"
+    if weights.data_ptr() % 16:
+        return "weights do not begin at a multiple of 16 bytes"
     return _unsupported_shape(k_cache, bits) or not_contiguous(
         tokens=tokens, slots=slots, positions=positions, k_cache=k_cache, v_cache=v_cache,
         tok_emb=tok_emb, pos_emb=pos_emb, vectors=vectors, weights=weights,

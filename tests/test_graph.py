@@ -1,5 +1,6 @@
 """The token loop on static buffers, run without a GPU: the codes of the ordinary loop, always."""
 
+import contextlib
 import logging
 
 import pytest
@@ -130,7 +131,7 @@ def test_broken_logits_name_the_first_position_and_its_first_sample(by_steps, on
 
 
 def test_a_refused_capture_is_said_once_and_changes_nothing(gpt, by_steps, monkeypatch, caplog):
-    def refused(graph):
+    def refused(graph, **options):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     begin = graph.Steps.begin
@@ -144,6 +145,7 @@ def test_a_refused_capture_is_said_once_and_changes_nothing(gpt, by_steps, monke
     by_steps(True)
     monkeypatch.setattr(graph.Steps, "begin", as_on_a_gpu)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", refused)
     with caplog.at_level(logging.WARNING, "vqfast"), backend("reference"):
         Engine(gpt, batch=1).generate(_tokens(1, 1), 30, seed=0)

@@ -218,7 +218,7 @@ def a_row_that_is_not_finite_touches_no_other():
 
 @check
 def refusals_name_the_reason():
-    from vqfast import _dispatch
+    from vqfast import _dispatch, ops  # noqa: F401  (registers)
 
     why = _dispatch.OPS["decode_step"].reason
     good = (*rows((0, 0)), *caches(1, 2, 16, (0,)), *model(16, 2, 8), 8, 1)
@@ -231,6 +231,9 @@ def refusals_name_the_reason():
         "triton", (*good[:4], good[4].transpose(0, 1).expand(2, 1, -1, -1, -1), *good[5:])
     )
     assert "tok_emb is bfloat16" in why("triton", (*good[:5], good[5].bfloat16(), *good[6:]))
+    assert "16 bytes" in why(
+        "triton", (*good[:8], torch.cat([good[8][:4], good[8]])[4:], *good[9:])
+    )
     assert "bits = 2" in why("triton", (*good[:9], 2, 1))
 
 
