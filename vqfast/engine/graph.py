@@ -101,9 +101,11 @@ class Steps:
         if self._why_not is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                # another thread may use CUDA meanwhile
-                mode = {"capture_error_mode": "thread_local"}
-                with torch.cuda.device(self._state.device), torch.cuda.graph(graph, **mode):
+                with (
+                    torch.cuda.device(self._state.device),
+                    # another thread may use CUDA meanwhile
+                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                ):
                     self._step(guided)
             except RuntimeError as e:  # what CUDA says of a launch that no graph can hold
                 self._why_not = str(e)
