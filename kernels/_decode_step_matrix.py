@@ -2,10 +2,12 @@
 
 Computes: y[r, n] = Σ_k W[n, k] · x[r, k],  x either as stored or LayerNorm of the residual stream.
 Shape of the code: a program owns M = 16 or 32 rows of W, in one packed panel, and up to BLOCK_R
-    rows of x. W stands on M of the tensor core and x on N, so that few rows waste little. The sum
-    runs over k in steps of 16 columns whatever M, BLOCK_K and BLOCK_R are, so the bits of y do not
-    depend on R. LayerNorm's mean and variance come from moments of 16 columns each, left behind by
-    whoever wrote the stream, so that nobody reads a row twice.
+    rows of x. W stands on M of the tensor core and x on N, so that few rows waste little. Each of
+    the four warps adds up every fourth 16 columns, as one batch of a batched product: products of a
+    chain wait for one another, 256 of them at 4096 columns, and no warp repeats another's. Chains
+    are added in pairs at the end. So the order of a sum is the same whatever M, BLOCK_K and BLOCK_R
+    are, and the bits of y do not depend on R. LayerNorm's mean and variance come from moments of 16
+    columns each, left behind by whoever wrote the stream, so that nobody reads a row twice.
 Numerics: float32 sums; bfloat16 operands for weights of 16 bits and less (int4 values times their
     scale are rounded to it), float32 ones with fused multiply-adds for 32 bits. The interpreter
     multiplies in float32 always.
@@ -14,6 +16,7 @@ Numerics: float32 sums; bfloat16 operands for weights of 16 bits and less (int4 
 import triton
 import triton.language as tl
 
+CHAINS = tl.constexpr(4)  # sums of a product that run side by side, one a warp
 GROUP = tl.constexpr(32)  # columns that share an int4 scale
 _PANEL = tl.constexpr(64)  # rows of the packed layout
 _LINE = tl.constexpr(256)  # bytes: a word of each row of a panel, which holds 32 / BITS columns
@@ -131,6 +134,13 @@ def _mean_and_rstd(moments, row, real, stride, tiles, E, EPS: tl.constexpr, ROWS
     return centre, tl.math.div_rn(1.0, tl.math.sqrt_rn(tree(total) / E + EPS))
 
 
+@triton.jit
+def _chains(x, N: tl.constexpr, K: tl.constexpr):
+    """[N, K] -> [CHAINS, N, K / CHAINS]: 16 columns for each chain in turn."""
+    x = tl.reshape(x, [N, K // (16 * CHAINS), CHAINS, 16])
+    return tl.reshape(tl.permute(x, 2, 0, 1, 3), [CHAINS, N, K // CHAINS])
+
+
 # ---- the product ---------------------------------------------------------------------------------
 
 
@@ -150,7 +160,7 @@ def product(
     if NORM:
         tiles = (K + 15) // 16
         mean, rstd = _mean_and_rstd(moments, row, real, 2 * tiles, tiles, K, 1e-5, BLOCK_R)
-    acc = tl.zeros([M, BLOCK_R], tl.float32)
+    acc = tl.zeros([CHAINS, M, BLOCK_R], tl.float32)
     at = x + row[:, None] * x_stride
     for k in tl.range(0, Kp, BLOCK_K, num_stages=STAGES):
         weight = _weights(w, panel_bytes, k, BITS, M, BLOCK_K, OPERAND)
@@ -161,8 +171,10 @@ def product(
             gain = tl.load(norm + col, mask=inside, other=0.0)
             shift = tl.load(norm + K + col, mask=inside, other=0.0)
             part = (part - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-        acc = tl.dot(weight, tl.trans(part.to(OPERAND)), acc, input_precision="ieee")
-    y = tl.trans(acc)
+        weight = _chains(weight, M, BLOCK_K)
+        part = tl.permute(_chains(part.to(OPERAND), BLOCK_R, BLOCK_K), 0, 2, 1)
+        acc = tl.dot(weight, part, acc, input_precision="ieee")
+    y = tl.reshape(tree(tl.reshape(tl.permute(acc, 2, 1, 0), [BLOCK_R * M, CHAINS])), [BLOCK_R, M])
     if BITS == 8:
         y *= _row_scales(w, panel_bytes, M)[None, :]
     return tl.program_id(0) * M + tl.arange(0, M), row, real, y

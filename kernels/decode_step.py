@@ -34,7 +34,7 @@ _VECTORS = 13  # times E, of a layer: LN1 w b, biases of qkv [3E] and proj, LN2 
 _SPLIT = 128  # slots of one program of the attention
 _LOG2E = 1.4426950408889634
 # columns of a step of the loop over K, at most: after LayerNorm, and of operands as they are stored
-_COLUMNS = {32: (32, 32), 16: (128, 256), 8: (128, 256), 4: (128, 256)}
+_COLUMNS = {32: (64, 64), 16: (128, 256), 8: (128, 256), 4: (128, 256)}
 _STAGE_BYTES, _MOST_STAGES = 128 << 10, 6  # of the pipeline of that loop: what an A100 holds
 
 
@@ -187,14 +187,14 @@ class _Matrix:
 
     def tiles(self, rows: int) -> dict[str, int]:
         """Of a launch for blocks of 16, 32 or 64 rows; none changes the order of a sum."""
-        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 or self.bits == 32 else 2)
-        columns = math.gcd(self.Kp, columns)
+        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 else 2)
+        columns = math.gcd(self.Kp, max(64, columns))
         size = 4 if self.norm or self.bits == 32 else 2  # of an element of x
         stage = columns * (self.M * self.bits // 8 + rows * size)
         stages = max(2, min(_MOST_STAGES, _STAGE_BYTES // stage))
         return {
             "BITS": self.bits, "M": self.M, "BLOCK_K": columns, "BLOCK_R": rows, "STAGES": stages,
-            "num_warps": 4 if rows <= 32 else 8,
+            "num_warps": 4,
         }  # fmt: skip
 
 

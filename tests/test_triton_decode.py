@@ -59,8 +59,8 @@ def one_product_after_another():
 
     def dot(self, a, b, d, *_):
         total = d.data.copy()
-        for k in range(a.data.shape[1]):
-            total += a.data[:, k : k + 1] * b.data[k : k + 1]
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k : k + 1] * b.data[..., k : k + 1, :]
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     return mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot)
