@@ -14,10 +14,10 @@ Numerics: the stream h, moments, softmax and sums are float32. Bits of a row dep
     alone (see _decode_step_matrix.py and _decode_step_attention.py); so no product may be fused
     with a sum where two compilations of one kernel could choose differently: enable_fp_fusion is
     off in the kernels that BLOCK_R specialises.
-Shape of the code: a step reads every weight once, up to 64 rows; more rows go in blocks of 64. All
-    that a kernel needs of whole rows of h is their moments per 16 columns, left by the kernel that
-    wrote them. Where the GPU has it, launches overlap (programmatic dependent launch): a kernel
-    asks for the weights it will read, then waits for the one before it.
+Shape of the code: a step reads every weight once, up to 64 rows (32 in float32); more rows go in
+    blocks of so many. All that a kernel needs of whole rows of h is their moments per 16 columns,
+    left by the kernel that wrote them. Where the GPU has it, launches overlap (programmatic
+    dependent launch): a kernel asks for the weights it will read, then waits for the one before.
 """
 
 import math
@@ -311,7 +311,8 @@ def decode_step(
     fixed = {
         "OPERAND": _operand(tokens, bits), "enable_fp_fusion": False, **launch,
     }  # fmt: skip
-    size = power_of_2(R, 16, 64)
+    most = 32 if bits == 32 else 64  # rows of a program; float32 operands fill its registers
+    size = power_of_2(R, 16, most)
     blocks = -(-R // size)
     base = vector = 0
 
@@ -363,7 +364,7 @@ def decode_step(
             )  # fmt: skip
             residual(out, hidden)
         if n_logits:
-            size = power_of_2(n_logits, 16, 64)
+            size = power_of_2(n_logits, 16, most)
             decode_step_head[head.programs, -(-n_logits // size)](
                 *take(head), h, stride, moments, part(2 * E), logits, R - n_logits, n_logits,
                 V, E, head.Kp, **head.tiles(size), **fixed,
