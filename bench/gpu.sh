@@ -129,7 +129,8 @@ unset VQFAST_POISON # no filling inside timed calls
 stage decode_time 600 "$PYTHON" bench/gpu_decode.py --time --json "$OUT/decode.json"
 stage decode_profile 120 "$PYTHON" bench/gpu_decode.py --profile
 stage micro 600 "$PYTHON" bench/gpu_micro.py --time --json "$OUT/micro.json"
-for op in nearest quantize code_stats causal_attention decode_attention group_norm_silu cross_entropy sample_logits; do
+for op in nearest nearest_quantize quantize code_stats causal_attention decode_attention group_norm_silu cross_entropy \
+  sample_logits; do
   measure micro "$op" 600
 done
 measure model "" 600

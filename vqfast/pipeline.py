@@ -209,17 +209,23 @@ class Pipeline:
             cfg_scale: classifier-free guidance, 1 is off; needs a model with a null class.
             cfg_interval: (begin, end), the positions 0..h·w - 1 of the codes of an image in which
                 guidance acts, half-open; None is all. A position outside costs no guidance.
-            size: None, or the (H, W) or side that the model was trained for.
-            batch_size: images drawn side by side; it changes no result.
+            size: (H, W) or side in pixels, multiples of the tokenizer's factor and at least what
+                the model was trained for; None is that. Each code of a larger picture is drawn in a
+                sliding window of the trained size.
+            window_rule: where a window stands around its code: "make_samples", or "scene", a code
+                further down and right. They draw different pictures.
+            batch_size: sequences drawn side by side, one for an image or, in a larger picture, for
+                each row of codes in flight: ceil(W / trained width). It changes no result.
             precision: of the transformer's weights: "fp32" (also "auto"), "bf16", "int8", "int4".
             cond: [m, Tc] int64 condition tokens, from `conditioning.encode`, for models that are
-                conditioned on a picture; image i gets cond[i % m].
+                conditioned on a picture, of `size` too; image i gets cond[i % m].
             prefix: [m, k] int64, the first k codes of an image, which are kept; image i gets
                 prefix[i % m].
             first: number of the first image; the request is images first..first + n - 1.
-            on_step: called with a `vqfast.engine.Step` after every token of a batch: numbers of its
-                images, steps done and in all, and a copy of its codes [b, h, w], -1 where none is
-                drawn yet. What it raises comes out here; the pipeline can be used again.
+            on_step: called with a `vqfast.engine.Step` after every token of a batch (in windows:
+                after a token of every row in flight): numbers of its images, steps done and in all,
+                and a copy of its codes [b, h, w], -1 where none is drawn yet. What it raises comes
+                out here; the pipeline can be used again.
 
         Returns:
             [n, h, w] int64.

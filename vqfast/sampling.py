@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.engine import Engine, Step
+from vqfast.engine import Engine, Step, generate_windows
 from vqfast.engine.guidance import guidance
 from vqfast.engine.step import OnStep, check_on_step
 from vqfast.models.vqgan import VQGAN
 from vqfast.ops.sample_logits import check_options
+from vqfast.windows import RULES, Windows
 
 __all__ = ["Request", "check_request", "draw", "model_grid"]
 
@@ -35,7 +36,8 @@ class Request:
     batch_size: int
     precision: str
     grid: tuple[int, int]  # of the codes of an image
-    conditions: Tensor  # [m, Tc]; image i has row i % m
+    windows: Windows | None  # of a grid that is not the model's own
+    conditions: Tensor  # [m, Tc], or [m, h, w] of which a window sees its part; image i has i % m
     known: Tensor  # [m, k], the first k codes of an image in raster order
     null: Tensor | None  # [1, Tc], where guidance acts
     guidance: dict[str, Any]  # cfg_scale, cfg_interval
@@ -68,6 +70,7 @@ def check_request(
     cfg_scale: float = 1.0,
     cfg_interval: Sequence[int] | None = None,
     size: int | Sequence[int] | None = None,
+    window_rule: str = "make_samples",
     batch_size: int = 8,
     precision: str = "auto",
     cond: Tensor | None = None,
@@ -76,7 +79,7 @@ def check_request(
     on_step: OnStep | None = None,
 ) -> Request:
     """The request; arguments and errors are those of `Pipeline.sample_codes`."""
-    grid = _grid(tokenizer, size)
+    grid, windows = _grid(tokenizer, size, window_rule)
     _check.choice("precision", precision, _PRECISIONS)
     batch_size = _check.integer("batch_size", batch_size, low=1)
     first = _check.integer("first", first, low=0, high=2**62)
@@ -86,7 +89,10 @@ def check_request(
     if n is None:
         n = len(conditions) if classes is not None or cond is not None else 1
     n = _check.integer("n", n, low=0)
+    conditions = _fitting(conditioning, conditions, model_grid(tokenizer), windows)
     known = _known(prefix, grid)
+    if windows is not None:
+        batch_size = max(1, batch_size // windows.rows_in_flight)
     check_on_step(on_step)
     guide = guidance(cfg_scale, cfg_interval)
     scale = guide.scale
@@ -104,6 +110,7 @@ def check_request(
         batch_size=batch_size,
         precision=precision,
         grid=grid,
+        windows=windows,
         conditions=conditions,
         known=known,
         null=null,
@@ -122,8 +129,10 @@ def draw(request: Request, engine_for: Callable[[str, int], Engine]) -> Iterator
     """
     engine = engine_for(request.precision, min(request.batch_size, max(request.n, 1)))
     for index in request.batches():
-        # a grid that is not the model's own is drawn by sliding windows: that branch belongs here
-        yield _draw_batch(engine, request, index)
+        if request.windows is None:
+            yield _draw_batch(engine, request, index)
+        else:
+            yield _draw_windows(engine, request, request.windows, index)
 
 
 def _draw_batch(engine: Engine, request: Request, index: Tensor) -> Tensor:
@@ -147,6 +156,23 @@ def _draw_batch(engine: Engine, request: Request, index: Tensor) -> Tensor:
     return torch.cat([known, drawn.cpu()], dim=1).view(-1, h, w)
 
 
+def _draw_windows(engine: Engine, request: Request, windows: Windows, index: Tensor) -> Tensor:
+    """Images `index` [b] of another grid -> [b, h, w]."""
+    call, device = request.on_step, engine.device
+    codes = generate_windows(
+        engine,
+        request.conditions[index % len(request.conditions)].to(device),
+        windows,
+        uncond=None if request.null is None else request.null.expand(len(index), -1).to(device),
+        sample_index=index,
+        prefix=request.known[index % len(request.known)].to(device),
+        on_step=None if call is None else lambda s: call(s._replace(codes=s.codes.cpu())),
+        **request.guidance,
+        **request.options,
+    )
+    return codes.cpu()
+
+
 def _with_known(request: Request, known: Tensor) -> OnStep | None:
     """The callback of a request as one of the engine, which knows no grid and no prefix."""
     call = request.on_step
@@ -160,17 +186,55 @@ def _with_known(request: Request, known: Tensor) -> OnStep | None:
     return on_step
 
 
-def _grid(tokenizer: VQGAN, size: int | Sequence[int] | None) -> tuple[int, int]:
-    """(h, w) of the codes of an image of `size`."""
-    side = tokenizer.config.resolution
-    given = (size, size) if isinstance(size, int) else size
-    if given is not None and tuple(given) != (side, side):
+def _grid(
+    tokenizer: VQGAN, size: int | Sequence[int] | None, rule: str
+) -> tuple[tuple[int, int], Windows | None]:
+    """(h, w) of the codes of an image of `size`, and its windows if it is not the model's own."""
+    _check.choice("window_rule", rule, RULES)
+    own, f = model_grid(tokenizer), tokenizer.config.factor
+    if size is None:
+        return own, None
+    sides = (size, size) if isinstance(size, int) else size
+    if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2:
+        raise ValueError(f"size must be (H, W) or a side, got {size!r}")
+    H, W = (_check.integer("size", side, low=1) for side in sides)
+    if H % f or W % f:
+        raise ValueError(f"size must have sides that are multiples of {f}, got {H}x{W}")
+    grid = H // f, W // f
+    if grid[0] < own[0] or grid[1] < own[1]:
+        least = "x".join(str(n * f) for n in own)
         raise ValueError(
-            f"size must be {side}x{side}, as the model was trained, got "
-            f"{'x'.join(map(str, given))}: other sizes need sliding windows, which are not "
-            "available yet"
+            f"size must be at least {least}, got {H}x{W}: the model predicts a code in a window of "
+            "that size, which does not fit into a smaller picture"
         )
-    return model_grid(tokenizer)
+    return grid, None if grid == own else Windows(grid, own, rule)
+
+
+def _fitting(
+    conditioning: nn.Module, conditions: Tensor, own: tuple[int, int], windows: Windows | None
+) -> Tensor:
+    """[m, Tc] for a condition that is the same in every window, [m, h, w] for one that is a grid of
+    which each window sees its part.
+    """
+    Tc, (h, w) = conditioning.length(own), own
+    if windows is None or conditioning.kind in ("class", "sos"):
+        if conditions.shape[1] != Tc:
+            raise ValueError(
+                f"cond must be [m, {Tc}] to match the model, got {list(conditions.shape)}"
+            )
+        return conditions
+    if Tc != h * w:
+        raise ValueError(
+            f"size must be the model's own: its condition of {Tc} tokens does not fit the {h}x{w} "
+            "codes of a window"
+        )
+    H, W = windows.size
+    if conditions.shape[1] != H * W:
+        raise ValueError(
+            f"cond must be [m, {H * W}], a token for each code of the size, got "
+            f"{list(conditions.shape)}"
+        )
+    return conditions.view(-1, H, W)
 
 
 def _conditions(conditioning: nn.Module, classes: Any, cond: Tensor | None) -> Tensor:

@@ -257,15 +257,24 @@ class Engine:
             part = tokens[:, first : first + columns]
             t, begin = part.shape[1], end - T + first
             at = torch.arange(begin, begin + t, device=self.device)
-            logits = decode_step(
-                part.t().reshape(-1).long().contiguous(),  # all rows of the last position come last
+            logits = self._call(
+                part.t().reshape(-1).long(),  # all rows of the last position come last
                 slots.repeat(t),
                 at.repeat_interleave(B),
-                self._k_cache,
-                self._v_cache,
-                self._packed,
-                bits=BITS[self.precision],
-                n_logits=B if first + columns >= T else 0,
+                B if first + columns >= T else 0,
             )
         self._length = end
         return logits
+
+    def _call(self, tokens: Tensor, slots: Tensor, positions: Tensor, n_logits: int) -> Tensor:
+        """`decode_step` of checked rows of any sequences -> [n_logits, V]."""
+        return decode_step(
+            tokens.contiguous(),
+            slots.contiguous(),
+            positions.contiguous(),
+            self._k_cache,
+            self._v_cache,
+            self._packed,
+            bits=BITS[self.precision],
+            n_logits=n_logits,
+        )
