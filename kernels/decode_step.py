@@ -280,7 +280,6 @@ def decode_step(
     bits: int,
     n_logits: int,
     logits: Tensor,
-    unused: Tensor,
     h: Tensor,
     moments: Tensor,
     q: Tensor,
@@ -290,7 +289,7 @@ def decode_step(
     levels: Tensor,
     arrived: Tensor,
 ) -> None:
-    """Writes the caches and logits [n_logits, V]; `unused` is what another backend works in."""
+    """Writes the caches and logits [n_logits, V]; the rest is scratch, as made above."""
     R, (L, _, H, S, d), V = tokens.shape[0], k_cache.shape, tok_emb.shape[0]
     if R == 0:
         return

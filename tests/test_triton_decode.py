@@ -115,7 +115,7 @@ def step(where, k, v, packed, bits, n_logits):
 
     k, v = k.clone(), v.clone()
     with _dispatch.backend("triton"), one_product_after_another():
-        logits = _dispatch.OPS["decode_step"](*where, k, v, *packed, bits, n_logits)[0]
+        logits = _dispatch.OPS["decode_step"](*where, k, v, *packed, bits, n_logits)
     return logits, k, v
 
 
