@@ -1,29 +1,17 @@
-"""The Triton step of a GPT under the interpreter: every packed format, hostile sizes, any batch.
-
-A script like test_triton_interpret.py, whose harness it shares.
-"""
+"""The Triton step of a GPT under the interpreter (no GPU): every packed format, hostile sizes, any
+batch; see interpreted.py."""
 
 import contextlib
 import math
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from interpreted import Checks, exact, normal, plain, rng, run
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_triton_interpret import child, exact, normal, outcomes, plain, rng, run  # noqa: E402
-
-CHECKS = {}
+check = Checks(__file__)
 L, H, V = 1, 2, 37
 NAN = float("nan")
-
-
-def check(function):
-    """Registers a check, run in the child."""
-    CHECKS[function.__name__] = function
-    return function
 
 
 def model(d, S, bits, heads=H):
@@ -111,12 +99,8 @@ def bfloat16_as_on_a_gpu():
 
 def step(where, k, v, packed, bits, n_logits):
     """Logits, and the caches as the kernel leaves them."""
-    from vqfast import _dispatch
-
-    k, v = k.clone(), v.clone()
-    with _dispatch.backend("triton"), one_product_after_another():
-        logits = _dispatch.OPS["decode_step"](*where, k, v, *packed, bits, n_logits)
-    return logits, k, v
+    with one_product_after_another():
+        return run("decode_step", *where, k, v, *packed, bits, n_logits)
 
 
 def within(inputs, what):
@@ -253,15 +237,10 @@ def rows_draw_at_positions_of_their_own():
         assert one[0] == found[b], b
 
 
-@pytest.fixture(scope="module")
-def results():
-    return outcomes(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(results, name):
-    assert results[name] is None, results[name]
+@pytest.mark.parametrize("name", check.functions)
+def test_interpreted(name):
+    check.passed(name)
 
 
 if __name__ == "__main__":
-    child(CHECKS)
+    check.run()
