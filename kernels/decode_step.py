@@ -187,7 +187,7 @@ class _Matrix:
 
     def tiles(self, rows: int) -> dict[str, int]:
         """Of a launch for blocks of 16, 32 or 64 rows; none changes the order of a sum."""
-        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows == 16 else 2)
+        columns = _COLUMNS[self.bits][not self.norm] // (1 if rows <= 32 else 2)
         columns = math.gcd(self.Kp, max(64, columns))
         size = 4 if self.norm or self.bits == 32 else 2  # of an element of x
         stage = columns * (self.M * self.bits // 8 + rows * size)

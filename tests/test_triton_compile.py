@@ -255,7 +255,8 @@ def _decode_step():
     """Rows, bits, cache, heads, head dim, vocabulary; one layer."""
     for R, bits, dtype, heads, d, V in (
         (16, 16, BF16, 16, 64, 16384), (1, 32, F32, 16, 64, 16384), (64, 8, F32, 16, 64, 1024),
-        (64, 32, F32, 16, 64, 16384), (20, 4, F16, 10, 100, 1025), (100, 16, BF16, 20, 64, 16384),
+        (64, 32, F32, 16, 64, 16384), (32, 16, BF16, 16, 64, 16384), (20, 4, F16, 10, 100, 1025),
+        (100, 16, BF16, 20, 64, 16384),
     ):  # fmt: skip
         E, S, row = heads * d, 576, meta(R, dtype=torch.int64)
         cache = meta(1, R, heads, S, d, dtype=dtype)
