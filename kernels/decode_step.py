@@ -94,11 +94,12 @@ def decode_step_qkv(
     tl.store(q + row[:, None] * h_stride + c[None, :], y, mask=mask)
     slot = tl.load(slots + row, mask=real, other=0)
     position = tl.load(positions + row, mask=real, other=0)
-    head = c // d
-    at = ((slot[:, None] * H + head[None, :]) * S + position[:, None]) * d + (c % d)[None, :]
+    # int64 as far as the rows of one head, int32 for what a column adds, which saves registers
+    start = slot * (H * S * d) + position * d
+    at = c // d * (S * d) + c % d
     y = y.to(k_cache.dtype.element_ty)
-    tl.store(k_cache + at, y, mask=real[:, None] & (part == 1)[None, :])
-    tl.store(v_cache + at, y, mask=real[:, None] & (part == 2)[None, :])
+    tl.store(k_cache + start[:, None] + at[None, :], y, mask=real[:, None] & (part == 1)[None, :])
+    tl.store(v_cache + start[:, None] + at[None, :], y, mask=real[:, None] & (part == 2)[None, :])
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -194,7 +195,8 @@ class _Matrix:
         stages = max(2, min(_MOST_STAGES, _STAGE_BYTES // stage))
         return {
             "BITS": self.bits, "M": self.M, "BLOCK_K": columns, "BLOCK_R": rows, "STAGES": stages,
-            "num_warps": 4,
+            # without a bound ptxas spills for an occupancy that shared memory forbids
+            "num_warps": 4, "maxnreg": 255,
         }  # fmt: skip
 
 
@@ -206,6 +208,8 @@ def _operand(t: Tensor, bits: int) -> tl.dtype:
 def _unsupported_shape(k_cache: Tensor, bits: int) -> str | None:
     if k_cache.shape[4] > 256:
         return f"head dim {k_cache.shape[4]} is above 256"
+    if math.prod(k_cache.shape[2:]) >= 2**31:
+        return f"a sequence has a cache of {tuple(k_cache.shape[2:])} values"
     return None if bits in _COLUMNS else f"bits = {bits} is none of 32, 16, 8, 4"
 
 
