@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqfast import _check, checkpoints
 from vqfast.checkpoints import native
 from vqfast.engine import Engine
+from vqfast.engine.packing import PackedGPT, choose_precision, describe, load_packed
 from vqfast.errors import CheckpointError
 from vqfast.images import Image, to_pil
 from vqfast.models import conditioning as conditions
@@ -27,15 +28,13 @@ from vqfast.ops.sample_logits import check_options
 
 __all__ = ["Pipeline"]
 
-_PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
-
 
 class Pipeline:
     """A model that draws images.
 
     Args:
         tokenizer: VQGAN; its codes are tokens 0..n_codes - 1 of the transformer.
-        transformer: GPT over [condition ; codes in raster order].
+        transformer: GPT over [condition ; codes in raster order], or one that is packed.
         conditioning: what `models.conditioning.build` gives.
         metadata: plain JSON values that are kept in a saved model.
 
@@ -47,19 +46,19 @@ class Pipeline:
     def __init__(
         self,
         tokenizer: VQGAN,
-        transformer: GPT,
+        transformer: GPT | PackedGPT,
         conditioning: nn.Module,
         metadata: Mapping[str, Any] | None = None,
     ):
         for name, part, kind in (
             ("tokenizer", tokenizer, VQGAN),
-            ("transformer", transformer, GPT),
+            ("transformer", transformer, (GPT, PackedGPT)),
             ("conditioning", conditioning, nn.Module),
         ):
             if not isinstance(part, kind):
-                raise TypeError(
-                    f"{name} must be a vqfast {kind.__name__}, got {type(part).__name__}"
-                )
+                kinds = kind if isinstance(kind, tuple) else (kind,)
+                wanted = " or ".join(k.__name__ for k in kinds)
+                raise TypeError(f"{name} must be a vqfast {wanted}, got {type(part).__name__}")
         self.tokenizer, self.transformer = tokenizer.eval(), transformer.eval()
         self.conditioning = conditioning.eval()
         self.metadata = dict(metadata or {})
@@ -89,7 +88,8 @@ class Pipeline:
             config: for formats that keep it elsewhere: a YAML file or a mapping.
 
         Returns:
-            The pipeline in eval mode, float32, on the CPU. Global random state is left alone.
+            The pipeline in eval mode, float32, on the CPU. Global random state is left alone. Its
+            transformer is a PackedGPT where the file holds packed weights.
 
         Raises:
             CheckpointError: unreadable, unsafe or damaged file, one that holds no pipeline, or keys
@@ -116,11 +116,16 @@ class Pipeline:
         try:
             # nothing is drawn and no memory is taken until every shape is known to fit
             with torch.device("meta"):
-                transformer = GPT(GPTConfig.from_dict(ckpt.config["transformer"]))
+                config = GPTConfig.from_dict(ckpt.config["transformer"])
+                transformer: GPT | PackedGPT = GPT(config)
                 conditioning = conditions.build(ckpt.config["conditioning"], tokenizer)
         except (ValueError, TypeError, KeyError) as e:
             raise CheckpointError(f"{path}: {e}") from e
-        checkpoints.load_into(transformer, parts["transformer"], what=f"{path} (transformer)")
+        of = f"{path} (transformer)"
+        if "packed" in ckpt.config:
+            transformer = load_packed(config, ckpt.config["packed"], parts["transformer"], what=of)
+        else:
+            checkpoints.load_into(transformer, parts["transformer"], what=of)
         checkpoints.load_into(conditioning, parts["conditioning"], what=f"{path} (conditioning)")
         try:
             return cls(tokenizer, transformer, conditioning, ckpt.metadata)
@@ -132,6 +137,7 @@ class Pipeline:
         folder: str | Path,
         metadata: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        precision: str | None = None,
     ) -> None:
         """Write the native format (safetensors and config.json), atomically.
 
@@ -139,10 +145,20 @@ class Pipeline:
             folder: created if absent; a model already in it is replaced as a whole.
             metadata: plain JSON values kept beside the weights; None keeps the pipeline's own.
             dtype: stored dtype of the weights, e.g. torch.float16; None keeps theirs.
+            precision: "fp32", "bf16", "int8" or "int4" stores the transformer packed, as the engine
+                reads it: loading packs nothing, and "auto" then means this precision. Its
+                embeddings, biases and norms are stored like the other parts. None: as it is.
+
+        Raises:
+            ValueError: unknown precision or dtype, one that packed weights cannot give, or weights
+                that are not finite. OSError: the folder cannot be written.
         """
+        transformer = self.transformer
+        if precision is not None:
+            transformer = PackedGPT.of(transformer, precision)
         parts = {
             "tokenizer": self.tokenizer,
-            "transformer": self.transformer,
+            "transformer": transformer,
             "conditioning": self.conditioning,
         }
         config = {
@@ -150,6 +166,8 @@ class Pipeline:
             "transformer": self.transformer.config.to_dict(),
             "conditioning": self.conditioning.to_dict(),
         }
+        if isinstance(transformer, PackedGPT):
+            config["packed"] = describe(transformer)
         tensors = {
             f"{part}.{name}": value
             for part, module in parts.items()
@@ -162,7 +180,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.tok_emb.weight.device
+        return next(self.tokenizer.parameters()).device
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Moves all parts; returns self."""
@@ -212,7 +230,8 @@ class Pipeline:
             cfg_scale: classifier-free guidance, 1 is off; needs a model with a null class.
             size: None, or the (H, W) or side that the model was trained for.
             batch_size: images drawn side by side; it changes no result.
-            precision: of the transformer's weights: "fp32" (also "auto"), "bf16", "int8", "int4".
+            precision: of the transformer's weights: "fp32", "bf16", "int8" or "int4"; "auto" is
+                "fp32", or the one that they are packed in.
             cond: [m, Tc] int64 condition tokens, from `conditioning.encode`, for models that are
                 conditioned on a picture; image i gets cond[i % m].
             prefix: [m, k] int64, the first k codes of an image, which are kept; image i gets
@@ -249,7 +268,7 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """`sample_codes`, a batch [b, h, w] at a time. Arguments are checked before the first."""
         self._check_size(size)
-        _check.choice("precision", precision, _PRECISIONS)
+        choose_precision(self.transformer, precision)
         batch_size = _check.integer("batch_size", batch_size, low=1)
         first = _check.integer("first", first, low=0, high=2**62)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -351,11 +370,11 @@ class Pipeline:
 
     def _engine_for(self, precision: str, batch: int) -> Engine:
         """The last engine, if it has this precision, room for the batch and the present weights."""
-        precision = "fp32" if precision == "auto" else precision
+        precision = choose_precision(self.transformer, precision)
         # an in-place change of a weight raises its version; load_state_dict and optimizers do that
         weights = tuple(
             (p.data_ptr(), 0 if p.is_inference() else p._version)
-            for p in self.transformer.parameters()
+            for p in (*self.transformer.parameters(), *self.transformer.buffers())
         )
         key = (precision, weights)
         if self._engine is None or self._engine[0] != key or self._engine[1].batch < batch:

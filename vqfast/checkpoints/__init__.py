@@ -169,7 +169,9 @@ def fit(
             bad.append(f"missing {name}")
         elif want.shape != got.shape:
             bad.append(f"{name} has shape {list(got.shape)}, the model {list(want.shape)}")
-        elif want.is_floating_point() != got.is_floating_point():
+        elif want.is_floating_point() != got.is_floating_point() or (
+            want.dtype == torch.uint8 != got.dtype  # bytes are no numbers to convert
+        ):
             bad.append(f"{name} has dtype {got.dtype}, the model {want.dtype}")
         else:
             fitting[name] = got

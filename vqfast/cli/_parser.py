@@ -306,7 +306,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="drop unexpected weights and set missing ones to zero",
     )
-    add("--precision", choices=["fp32", "fp16", "bf16"], help="of the stored weights (native)")
+    add(
+        "--precision",
+        choices=["fp32", "fp16", "bf16", "int8", "int4"],
+        help="of the stored weights (native): fp32, bf16, int8 and int4 pack a pipeline's "
+        "transformer as it is sampled from; fp16, and any of a tokenizer, is a dtype",
+    )
     _Flags(parser, ["overwrite", "json"])
 
 

@@ -12,6 +12,7 @@ A matrix [N, K] is cut into panels of 16 rows, with K padded to a multiple of 64
 import torch
 from torch import Tensor
 
+LAYOUT = 1  # version of the description above, stored with packed weights in files
 PANEL = 16  # rows of a panel
 COLUMNS = 64  # K is padded to a multiple
 GROUP = 32  # columns that share an int4 scale
