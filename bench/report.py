@@ -24,9 +24,9 @@ class Row(NamedTuple):
     dtype: str
     contestant: str
     ours: bool
-    p50: float
-    p20: float
-    p80: float
+    p50: float | None = None
+    p20: float | None = None
+    p80: float | None = None
     gb_s: float | None = None
     gflop_s: float | None = None
     roofline: float | None = None  # part of the measured ceiling, 1 = on it
@@ -34,6 +34,7 @@ class Row(NamedTuple):
     note: str = ""
     extra_mib: float | None = None  # peak memory of one call beyond what was there
     misses: Mapping[str, float] = {}  # a search: part of the rows that miss, by kind of data
+    quality: Mapping[str, float] = {}  # of a packed model, as quality.py says
 
 
 def rows_of(
@@ -66,8 +67,10 @@ def rows_of(
 
 _HEAD = (
     "case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "+MiB",
-    "misses", "ours is",
+    "misses", "nats", "loss", "agreement", "divergence", "ours is",
 )  # fmt: skip
+
+_QUALITY = {"nats": ".4f", "loss": "+.3%", "agreement": ".2%", "divergence": ".5f"}
 
 
 def table(rows: list[Row]) -> str:
@@ -98,12 +101,13 @@ def _cells(r: Row) -> tuple[str, ...]:
         r.case,
         r.dtype,
         r.contestant,
-        f"{r.p50:.4g} [{r.p20:.4g}-{r.p80:.4g}]",
+        "-" if r.p50 is None else f"{r.p50:.4g} [{r.p20:.4g}-{r.p80:.4g}]",
         figure(r.gb_s, ".3g"),
         figure(r.gflop_s, ".4g"),
         figure(None if r.roofline is None else 100 * r.roofline, ".0f"),
         figure(r.extra_mib, ".1f"),
         ", ".join(f"{kind} {100 * x:.2g} %" for kind, x in r.misses.items()),
+        *(figure(r.quality.get(name), form) for name, form in _QUALITY.items()),
         "; ".join(x for x in (ratios, r.note) if x),
     )
 

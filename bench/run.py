@@ -1,9 +1,10 @@
 """Benches: python bench/run.py --suite micro --op nearest
 
 Suites: micro (one op), model (encode, decode), train (a step of each stage), sample (cached
-decoding). The op's checks run first; without them passed there is no number (--no-gate prints
-UNVERIFIED). Opponents in bench/baselines run in the same interleaved rounds, those that are not
-installed are listed as absent. Times are p50 [p20-p80]. The last line is one JSON object.
+decoding), quality (what packed weights cost in loss; needs --data). The op's checks run first;
+without them passed there is no number (--no-gate prints UNVERIFIED). Opponents in bench/baselines
+run in the same interleaved rounds, those that are not installed are listed as absent. Times are p50
+[p20-p80]. The last line is one JSON object.
 """
 
 import argparse
@@ -19,13 +20,15 @@ import baselines
 import micro
 import networks
 import picture
+import quality
 import report
 import roofline
 import torch
 
+from vqfast.errors import CheckpointError, DataError
 from vqfast.testing.timing import environment
 
-SUITES = ("micro", "model", "train", "sample")
+SUITES = ("micro", "model", "train", "sample", "quality")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,13 +41,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", help="micro: one of ours: cuda, triton, cpu, reference")
     p.add_argument(
         "--dtype",
-        default="fp32",
-        help="fp32, fp16, bf16 (sample: int8, int4 too); several with commas",
+        help="fp32, fp16, bf16 (sample and quality: int8, int4 too); several with commas; fp32 by "
+        "default, quality: all precisions",
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, help="of torch, and so of our kernels")
     p.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at most")
     p.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds per case")
+    p.add_argument("--data", metavar="PATH", help="quality: pictures of the recipe, or their codes")
+    p.add_argument("--model", metavar="PATH", default=quality.MODEL, help="quality (the shipped)")
+    p.add_argument("--config", metavar="YAML", default=quality.RECIPE, help="quality: the recipe")
     p.add_argument("--base", metavar="REF", help="micro: another commit, built and run beside this")
     p.add_argument("--no-gate", action="store_true", help="skip the checks; prints UNVERIFIED")
     p.add_argument("--json", action="store_true", help="stdout holds the JSON object alone")
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows += part
                 absent |= missing
                 print(report.table(part), flush=True)
-    except ValueError as error:
+    except (ValueError, DataError, CheckpointError) as error:
         say(f"bench: {error}")
         return 2
     except (micro.RefusedError, against.BaseError) as error:
@@ -102,8 +108,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _suite(args: argparse.Namespace, say: Any) -> Any:
-    dtypes = tuple(args.dtype.split(","))
-    known = (*micro.DTYPES, *(("int8", "int4") if args.suite == "sample" else ()))
+    of_engine = args.suite in ("sample", "quality")
+    known = (*micro.DTYPES, *(("int8", "int4") if of_engine else ()))
+    usual = quality.PRECISIONS if args.suite == "quality" else ("fp32",)
+    dtypes = tuple(args.dtype.split(",")) if args.dtype else usual
     for name in dtypes:
         if name not in known:
             raise ValueError(f"--dtype must be out of {', '.join(known)}, got {name!r}")
@@ -120,6 +128,8 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
     if args.suite != "micro":
         if args.base or args.op or args.backend:
             raise ValueError("--base, --op and --backend belong to the suite micro")
+        if args.suite == "quality":
+            return quality.run(options, say, data=args.data, model=args.model, recipe=args.config)
         return networks.run(args.suite, options, say)
     if args.base:
         return against.run(args.base, options, say)
