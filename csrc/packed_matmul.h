@@ -1,33 +1,43 @@
-// y[r] = W x[r] for a few rows r and a matrix W packed as vqfast/ops/_packed.py describes; for
-// decode_step. No include guard: a kernel file includes it once per instruction set, after simd.h.
+// y[r] = W x[r] for some rows r and a matrix W packed as vqfast/ops/_packed.py describes; for
+// decode_step. No include guard: a kernel file includes it once per instruction set, after
+// packed_dot.h.
 //
-// Numerics: float32 accumulators. Each output is a sum of blocks of 32 columns, each summed in the
-//   order of the columns by one chain of multiply-adds, times the scale of the block (int4), and
-//   the whole times the scale of the row (int8). So no output depends on the number of rows, their
-//   order, or the threads. Error at most about (32 + K / 32) eps times the sum of |w x|.
-// Shape of the code: a panel of 16 outputs is read once from memory, column by column, and used for
-//   all rows: up to 8 at a time with AVX-512, 4 else. With one row, 4 panels run side by side to
-//   hide the latency of the multiply-add.
+// Numerics: each output is a sum of blocks of 32 columns, each summed in the order of the columns
+//   by one chain of float32 multiply-adds (exactly in int32 for bits 8 and 4), times the scales of
+//   the block, and the whole times the scale of the row (bits 8). So no output depends on the
+//   number of rows, their order, or the threads. Error of float32 at most about (32 + K / 32) eps
+//   times the sum of |w x|.
+// Shape of the code: a panel of 16 outputs is read once from memory and used for all rows: with
+//   AVX-512 up to 8 rows x 2 panels at a time (16 accumulators), so that a broadcast activation
+//   serves two products. With few rows 4 panels run side by side to hide the latency of a product.
+//   Memory is asked for kAhead bytes before its use: the streams of a panel are shorter than what
+//   the prefetcher of the CPU takes to see them.
 
 namespace vqfast::VQFAST_ISA {
 
-constexpr int kPanel = 16, kColumns = 64, kGroup = 32;
-constexpr int kParts = kPanel / kLanes;          // vectors of a panel's column
-constexpr int kMostRows = kLanes == 16 ? 8 : 4;  // accumulators fit the registers
+constexpr int kMostRows = kLanes == 16 ? 8 : 4;  // rows of a tile
 constexpr int kSideBySide = 4;                   // panels that one thread takes at a time
-
-VQFAST_INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int kAhead = 2048;
 
 struct Matrix {  // [N, K], packed
   const uint8_t* data;
   int64_t N, K;
 };
 
+// bytes of 32 columns of a panel, with the scales that stand before them
+template <int kBits>
+constexpr int group_bytes() {
+  return kPanel * kGroup * kBits / 8 + (kBits == 4 ? kPanel * 2 : 0);
+}
+
+template <int kBits>
+constexpr int head_bytes() {  // before the columns of a panel: scales of its rows
+  return kBits == 8 ? kPanel * 4 : 0;
+}
+
 template <int kBits>
 VQFAST_INLINE int64_t panel_bytes(int64_t K) {
-  const int64_t Kp = padded(K, kColumns);
-  const int64_t scales = kBits == 8 ? kPanel * 4 : kBits == 4 ? Kp / kGroup * kPanel * 2 : 0;
-  return kPanel * Kp * kBits / 8 + scales;
+  return head_bytes<kBits>() + padded(K, kColumns) / kGroup * group_bytes<kBits>();
 }
 
 template <int kBits>
@@ -35,96 +45,124 @@ int64_t matrix_bytes(int64_t N, int64_t K) {
   return padded(N, kPanel) / kPanel * panel_bytes<kBits>(K);
 }
 
-VQFAST_INLINE VF widen_i8(const uint8_t* p) {
-#if VQFAST_LANES == 16
-  return (VF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif VQFAST_LANES == 8
-  return (VF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  VF v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<int8_t>(p[i]);
-  return v;
-#endif
-}
-
-// low and high nibbles less 8
-VQFAST_INLINE void widen_nibbles(const uint8_t* p, VF& low, VF& high) {
-#if VQFAST_LANES == 16
-  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  low = (VF)_mm512_permutexvar_ps(b, table);  // reads the low 4 bits of each index
-  high = (VF)_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table);
-#else
-  VI b;
-#if VQFAST_LANES == 8
-  b = (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-#else
-  for (int i = 0; i < kLanes; ++i) b[i] = p[i];
-#endif
-  low = __builtin_convertvector((b & 15) - 8, VF);
-  high = __builtin_convertvector((b >> 4) - 8, VF);
-#endif
-}
-
-// two neighbouring columns of a panel, from the start of the first
-template <int kBits>
-VQFAST_INLINE void two_columns(const uint8_t* p, VF* even, VF* odd) {
+// what kRows x kPanels x 16 outputs take from 32 columns; W [kPanels] at the columns of the group,
+// after their scales
+template <int kBits, bool kNative, int kRows, int kPanels>
+VQFAST_INLINE void add_group(const uint8_t* const* W, const Operand* x, int64_t g,
+                             VF (&sum)[kPanels][kRows][kParts]) {
+  if constexpr (kBits == 32) {
 #pragma GCC unroll 4
-  for (int j = 0; j < kParts; ++j) {
-    const int lane = j * kLanes;
-    if constexpr (kBits == 32) {
-      even[j] = load((const float*)p + lane);
-      odd[j] = load((const float*)p + kPanel + lane);
-    } else if constexpr (kBits == 16) {
-      even[j] = load((const bf16*)p + lane);
-      odd[j] = load((const bf16*)p + kPanel + lane);
-    } else if constexpr (kBits == 8) {
-      even[j] = widen_i8(p + lane);
-      odd[j] = widen_i8(p + kPanel + lane);
-    } else {
-      widen_nibbles(p + lane, even[j], odd[j]);
+    for (int k = 0; k < kGroup; ++k) {
+      VF w[kPanels][kParts];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j)
+          w[p][j] = load((const float*)W[p] + k * kPanel + j * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VF a = broadcast(((const float*)x[r].values)[g * kGroup + k]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+          for (int j = 0; j < kParts; ++j) sum[p][r][j] = fma(w[p][j], a, sum[p][r][j]);
+      }
     }
-  }
-}
-
-// kRows x kPanels tile: x [kRows, Kp] with row stride ldx; out [kPanels][kRows][16]
-template <int kBits, int kRows, int kPanels>
-void tile(const uint8_t* panel, int64_t Kp, int64_t bytes, const float* x, int64_t ldx,
-          float* out) {
-  constexpr int kHead = kBits == 8 ? kPanel * 4 : 0;    // before the columns of a panel
-  constexpr int kScales = kBits == 4 ? kPanel * 2 : 0;  // before those of a group
-  constexpr int kTwo = kPanel * kBits / 4;              // bytes of two columns
-  constexpr int kGroupBytes = kScales + kTwo * kGroup / 2;
-  VF total[kPanels][kRows][kParts] = {};
-  for (int64_t g = 0; g < Kp / kGroup; ++g) {
-    VF part[kPanels][kRows][kParts] = {};
-    const float* xg = x + g * kGroup;
-    const uint8_t* at = panel + kHead + g * kGroupBytes;
-    for (int k = 0; k < kGroup; k += 2) {
+  } else if constexpr (kBits == 16) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroup / 2; ++k) {
+      VI w[kPanels][kParts];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j) w[p][j] = load_int(W[p] + (k * kPanel + j * kLanes) * 4);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VI a = every_lane((const bf16*)x[r].values + g * kGroup + 2 * k);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+          for (int j = 0; j < kParts; ++j) dot2<kNative>(sum[p][r][j], w[p][j], a);
+      }
+    }
+  } else {
+    VI total[kPanels][kRows][kParts];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j) total[p][r][j] = broadcast_int(x[r].offset[g]);
+    constexpr int kQuads = kBits == 8 ? 1 : 2;  // quads of columns in one load
+#pragma GCC unroll 8
+    for (int v = 0; v < kGroup / 4 / kQuads; ++v) {
+      VI w[kQuads][kPanels][kParts];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        VF even[kParts], odd[kParts];
-        two_columns<kBits>(at + p * bytes + kScales + k / 2 * kTwo, even, odd);
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j) {
+          const VI packed = load_int(W[p] + (v * kPanel + j * kLanes) * 4);
+          if constexpr (kBits == 8) {
+            w[0][p][j] = packed;
+          } else {
+            w[0][p][j] = packed & 0x0F0F0F0F;
+            w[1][p][j] = packed >> 4 & 0x0F0F0F0F;
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int q = 0; q < kQuads; ++q) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const VF a = broadcast(xg[r * ldx + k]), b = broadcast(xg[r * ldx + k + 1]);
+          const VI a = every_lane((const int8_t*)x[r].values + g * kGroup + (v * kQuads + q) * 4);
 #pragma GCC unroll 4
-          for (int j = 0; j < kParts; ++j)
-            part[p][r][j] = fma(odd[j], b, fma(even[j], a, part[p][r][j]));
+          for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+            for (int j = 0; j < kParts; ++j) dot4(total[p][r][j], w[q][p][j], a);
         }
       }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+        for (int j = 0; j < kParts; ++j) sum[p][r][j] = __builtin_convertvector(total[p][r][j], VF);
+  }
+}
+
+// kRows x kPanels tile: panels `bytes` apart, x [kRows] -> out [kPanels][kRows][16]
+template <int kBits, bool kNative, int kRows, int kPanels>
+void tile(const uint8_t* panel, int64_t Kp, int64_t bytes, const Operand* x, float* out) {
+  constexpr int kScales = kBits == 4 ? kPanel * 2 : 0;
+  constexpr int kBytes = group_bytes<kBits>();
+  VF total[kPanels][kRows][kParts] = {};
+  for (int64_t g = 0; g < Kp / kGroup; ++g) {
+    const uint8_t* W[kPanels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      const uint8_t* at = panel + p * bytes + head_bytes<kBits>() + g * kBytes;
+#pragma GCC unroll 32
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(at + kAhead + line);
+      W[p] = at + kScales;
+    }
+    VF sum[kPanels][kRows][kParts] = {};
+    add_group<kBits, kNative, kRows, kPanels>(W, x, g, sum);
 #pragma GCC unroll 4
-        for (int j = 0; j < kParts; ++j) {
-          if constexpr (kBits == 4)
-            total[p][r][j] = fma(part[p][r][j], load((const bf16*)(at + p * bytes) + j * kLanes),
-                                 total[p][r][j]);
+    for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kParts; ++j) {
+        VF scale{};
+        if constexpr (kBits == 4) scale = load((const bf16*)(W[p] - kScales) + j * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          VF& t = total[p][r][j];
+          if constexpr (kBits >= 16)
+            t += sum[p][r][j];
+          else if constexpr (kBits == 8)
+            t = fma(sum[p][r][j], broadcast(x[r].scale[g]), t);
           else
-            total[p][r][j] += part[p][r][j];
+            t = fma(sum[p][r][j], scale * x[r].scale[g], t);
         }
       }
     }
@@ -153,47 +191,51 @@ struct Output {
   Finish finish;
 };
 
-// kRows rows from r on, of `panels` panels from `first` on
-template <int kBits, int kRows, int kPanels>
-void tiles(const Matrix& m, int64_t first, int64_t panels, const float* x, int64_t ldx, int64_t r,
+// kRows rows from r on, of the panels [begin, end), kPanels at a time and one at a time at the end
+template <int kBits, bool kNative, int kRows, int kPanels>
+void tiles(const Matrix& m, int64_t begin, int64_t end, const Operand* x, int64_t r,
            const Output& to) {
   const int64_t Kp = padded(m.K, kColumns), bytes = panel_bytes<kBits>(m.K);
   float out[kPanels * kRows * kPanel];
-  for (int64_t p = first; p + kPanels <= first + panels; p += kPanels) {
-    tile<kBits, kRows, kPanels>(m.data + p * bytes, Kp, bytes, x + r * ldx, ldx, out);
-    for (int i = 0; i < kPanels * kRows; ++i) {
+  for (int64_t p = begin; p < end;) {
+    const int panels = end - p < kPanels ? 1 : kPanels;
+    const uint8_t* at = m.data + p * bytes;
+    if (panels == kPanels)
+      tile<kBits, kNative, kRows, kPanels>(at, Kp, bytes, x, out);
+    else
+      tile<kBits, kNative, kRows, 1>(at, Kp, bytes, x, out);
+    for (int i = 0; i < panels * kRows; ++i) {
       const int64_t n = (p + i / kRows) * kPanel;
       to.finish(out + i * kPanel, to.bias + n, to.y + (r + i % kRows) * to.ld + n,
                 static_cast<int>(m.N - n < kPanel ? m.N - n : kPanel));
     }
+    p += panels;
   }
 }
 
-// x: R rows of Kp floats, the last Kp - K of them zero
-template <int kBits>
-void matmul(const Matrix& m, const float* x, int64_t ldx, int64_t R, int threads,
-            const Output& to) {
-  const int64_t all = padded(m.N, kPanel) / kPanel;
-  parallel_for(threads, all, kSideBySide, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p += kSideBySide) {
-      const int64_t panels = end - p < kSideBySide ? end - p : kSideBySide;
-      const int64_t even = panels & ~int64_t{1};
-      int64_t r = 0;
-      for (; R - r >= kMostRows; r += kMostRows)
-        tiles<kBits, kMostRows, 1>(m, p, panels, x, ldx, r, to);
-      for (; R - r >= 4; r += 4) tiles<kBits, 4, 1>(m, p, panels, x, ldx, r, to);
-      for (; R - r >= 2; r += 2) {
-        tiles<kBits, 2, 2>(m, p, even, x, ldx, r, to);
-        tiles<kBits, 2, 1>(m, p + even, panels - even, x, ldx, r, to);
-      }
-      for (; r < R; ++r) {
-        if (panels == kSideBySide)
-          tiles<kBits, 1, kSideBySide>(m, p, panels, x, ldx, r, to);
-        else
-          tiles<kBits, 1, 1>(m, p, panels, x, ldx, r, to);
-      }
+// the panels [begin, end) of m times R operands, rows `ld` floats apart
+template <int kBits, bool kNative>
+void matmul(const Matrix& m, int64_t begin, int64_t end, const float* operands, int64_t ld,
+            int64_t R, const Output& to) {
+  constexpr int kFew = kLanes == 16 ? 4 : 2;  // panels of a tile of 2 rows
+  const int64_t Kp = padded(m.K, kColumns);
+  for (int64_t p = begin; p < end; p += kSideBySide) {
+    const int64_t last = end - p < kSideBySide ? end : p + kSideBySide;
+    Operand x[kMostRows];
+    for (int64_t r = 0; r < R;) {
+      const int rows = R - r >= kMostRows ? kMostRows : R - r >= 4 ? 4 : R - r >= 2 ? 2 : 1;
+      for (int i = 0; i < rows; ++i) x[i] = operand_at<kBits>(operands + (r + i) * ld, Kp);
+      if (rows == kMostRows)
+        tiles<kBits, kNative, kMostRows, kLanes == 16 ? 2 : 1>(m, p, last, x, r, to);
+      else if (rows == 4)
+        tiles<kBits, kNative, 4, kLanes == 16 ? 4 : 1>(m, p, last, x, r, to);
+      else if (rows == 2)
+        tiles<kBits, kNative, 2, kFew>(m, p, last, x, r, to);
+      else
+        tiles<kBits, kNative, 1, kSideBySide>(m, p, last, x, r, to);
+      r += rows;
     }
-  });
+  }
 }
 
 }  // namespace vqfast::VQFAST_ISA

@@ -6,25 +6,28 @@
 // Contract: keys and values of all rows of a layer are in the cache before a row attends; slots
 //   past a row's position are never read. All indices were checked by the caller. Every float of
 //   scratch is written before it is read.
-// Numerics: float32 activations and accumulators in all formats. The order of each sum is fixed
-//   (packed_matmul.h, attend.h; LayerNorm in lanes): a row's bits depend on its own sequence alone.
-//   erf by two polynomials fitted to float64, absolute error < 2e-7.
-// Shape of the code: phases of parallel_for, each over what it writes: rows (LayerNorm), panels of
-//   16 outputs (matrices), heads (append, attend). Weights are read once per call for all rows;
-//   7 phases per layer.
-// Ladder: first version: panels, so that no sum is horizontal and one read of a column serves all
-//   rows. Next: one parallel region for the whole step; int8 dot products for int8 and int4.
+// Numerics: float32 accumulators; activations are rounded before each matrix as the format of the
+//   weights wants (packed_dot.h). The order of each sum is fixed (packed_matmul.h, attend.h;
+//   LayerNorm in lanes): a row's bits depend on its own sequence alone. erf by two polynomials
+//   fitted to float64, absolute error < 2e-7.
+// Shape of the code: one team of threads for the whole step, with a barrier after each phase: rows
+//   (LayerNorm), panels of 16 outputs (matrices), heads of rows (attention). A thread that has made
+//   some outputs does with them what concerns them alone: bias and GELU, the cache, rounding.
+//   Weights are read once per call for all rows; 7 phases per layer.
+// Ladder (336M, R = 1, Zen 5, 2 threads, ms): a parallel region per phase, float products of
+//   widened weights: fp32 21.3, bf16 14.0, int8 9.5, int4 6.6. See bench/LOG.md for the rest.
 #include <cmath>
 
 #include "half.h"
 #include "kernel.h"
-#include "parallel.h"
+#include "team.h"
 
 #define VQFAST_THIS_FILE "cpu/decode_step.cpp"
 // clang-format off
 #include "foreach_isa.h"
 #include "simd.h"
 #include "attend.h"
+#include "packed_dot.h"
 #include "packed_matmul.h"
 // clang-format on
 
@@ -90,11 +93,11 @@ struct Step {
   const float *tok_emb, *pos_emb, *vectors;
   const uint8_t* weights;
   float* logits;
-  int64_t L, B, H, S, d, E, V, R, n_logits;
-  int bits, threads;
+  int64_t L, B, H, S, d, E, V, R, n_logits, Ep, Fp;
   // scratch: one row after another, ld floats apart
   int64_t ld;
-  float *h, *normed, *attended, *qkv, *hidden;
+  float *h, *normed, *attended, *hidden, *qkv;
+  float *narrow, *wide;  // rounded: of width E and 4 E
 
   explicit Step(const Args& a) {
     token = a.t[0].as<int64_t>(), slot = a.t[1].as<int64_t>(), position = a.t[2].as<int64_t>();
@@ -104,103 +107,169 @@ struct Step {
     logits = a.t[9].as<float>();
     L = k_cache.shape[0], B = k_cache.shape[1], H = k_cache.shape[2], S = k_cache.shape[3];
     d = k_cache.shape[4], E = H * d, V = a.t[5].shape[0], R = a.t[0].shape[0];
-    bits = static_cast<int>(a.s[0].i), n_logits = a.s[1].i, threads = a.threads;
+    n_logits = a.s[1].i;
     ld = a.t[10].shape[1];
-    const int64_t Ep = padded(E, kColumns);
+    Ep = padded(E, kColumns), Fp = padded(4 * E, kColumns);
     h = a.t[10].as<float>();
-    normed = h + Ep, attended = normed + Ep, qkv = attended + Ep, hidden = qkv + 3 * E;
+    normed = h + Ep, attended = normed + Ep, narrow = attended + Ep;
+    hidden = narrow + Ep, wide = hidden + Fp, qkv = wide + Fp;
+  }
+};
+
+// what one thread does; kNative: see dot2
+template <int kBits, bool kNative, class Cache>
+class Worker {
+ public:
+  Worker(const Step& step, Team& team)
+      : s(step), team_(team), vectors_(step.vectors), weights_(step.weights) {}
+
+  void run() {
+    const int64_t E = s.E, F = 4 * E, first = s.R - s.n_logits;
+    team_.share(s.R, 1, [&](int64_t begin, int64_t end) { embed(begin, end); });
+    for (int64_t layer = 0; layer < s.L; ++layer) {
+      norm(0);
+      multiply(3 * E, E, rounded(s.normed, s.narrow), s.R, {s.qkv, s.ld, next(3 * E), put_biased},
+               [&](int64_t begin, int64_t end) { append(layer, begin, end); });
+      attention(layer);
+      multiply(E, E, rounded(s.attended, s.narrow), s.R, {s.h, s.ld, next(E), add_biased});
+      norm(0);
+      multiply(F, E, rounded(s.normed, s.narrow), s.R, {s.hidden, s.ld, next(F), put_gelu},
+               [&](int64_t begin, int64_t end) {  // whole groups: the last one is padded by zeros
+                 for (int64_t r = 0; r < s.R; ++r) round(s.hidden, s.wide, s.Fp, r, begin, end);
+               });
+      multiply(E, F, rounded(s.hidden, s.wide), s.R, {s.h, s.ld, next(E), add_biased});
+    }
+    norm(first);
+    multiply(s.V, E, rounded(s.normed, s.narrow) + first * s.ld, s.n_logits,
+             {s.logits, s.V, s.logits, put});  // no bias
   }
 
-  const float* next_vector(int64_t n) {
-    const float* v = vectors;
-    vectors += n;
+ private:
+  const Step& s;
+  Team& team_;
+  const float* vectors_;
+  const uint8_t* weights_;
+
+  const float* next(int64_t n) {
+    const float* v = vectors_;
+    vectors_ += n;
     return v;
   }
 
-  template <int kBits>
-  void multiply_packed(int64_t N, int64_t K, const float* x, int64_t rows, const Output& to) {
-    matmul<kBits>({weights, N, K}, x, ld, rows, threads, to);
-    weights += matrix_bytes<kBits>(N, K);
+  static float* rounded(float* values, float* operands) { return kBits == 32 ? values : operands; }
+
+  // columns [begin, end) of row r, begin a multiple of a group, end one or the last column
+  void round(const float* values, float* operands, int64_t Kp, int64_t r, int64_t begin,
+             int64_t end) {
+    round_operand<kBits>(values + r * s.ld, Kp, begin / kGroup, padded(end, kColumns) / kGroup,
+                         operands + r * s.ld);
   }
 
-  // the next packed matrix [N, K] times `rows` rows of x
-  void multiply(int64_t N, int64_t K, const float* x, int64_t rows, const Output& to) {
-    switch (bits) {
-      case 32:
-        return multiply_packed<32>(N, K, x, rows, to);
-      case 16:
-        return multiply_packed<16>(N, K, x, rows, to);
-      case 8:
-        return multiply_packed<8>(N, K, x, rows, to);
-      default:
-        return multiply_packed<4>(N, K, x, rows, to);
-    }
-  }
+  static void nothing(int64_t, int64_t) {}
 
-  void embed() {
-    const int64_t Ep = padded(E, kColumns), F = 4 * E, Fp = padded(F, kColumns);
-    for (int64_t r = 0; r < R; ++r) {
-      const float *word = tok_emb + token[r] * E, *place = pos_emb + position[r] * E;
-      for (int64_t i = 0; i < E; ++i) h[r * ld + i] = word[i] + place[i];
-      for (int64_t i = E; i < Ep; ++i) normed[r * ld + i] = attended[r * ld + i] = 0;
-      for (int64_t i = F; i < Fp; ++i) hidden[r * ld + i] = 0;
-    }
-  }
-
-  // normed[r] = LN h[r], from row `first` on
-  void norm(int64_t first) {
-    const float *weight = next_vector(E), *bias = next_vector(E);
-    parallel_for(threads, R - first, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = first + begin; r < first + end; ++r)
-        layer_norm(h + r * ld, weight, bias, E, normed + r * ld);
+  // the next packed matrix [N, K] times R operands; then(begin, end) on what a thread has made
+  template <class Then = void (&)(int64_t, int64_t)>
+  void multiply(int64_t N, int64_t K, const float* operands, int64_t R, const Output& to,
+                Then&& then = nothing) {
+    const Matrix m{weights_, N, K};
+    team_.share(padded(N, kPanel) / kPanel, kSideBySide, [&](int64_t begin, int64_t end) {
+      matmul<kBits, kNative>(m, begin, end, operands, s.ld, R, to);
+      then(begin * kPanel, end * kPanel < N ? end * kPanel : N);
     });
+    weights_ += matrix_bytes<kBits>(N, K);
   }
 
-  template <class T>
-  void append_and_attend(int64_t layer) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    T *k_at = k_cache.as<T>(), *v_at = v_cache.as<T>();
-    parallel_for(threads, H, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) {
-        for (int64_t r = 0; r < R; ++r) {
-          const int64_t at = (((layer * B + slot[r]) * H + head) * S + position[r]) * d;
-          float *q = qkv + r * ld + head * d, *k = q + E, *v = k + E;
-          for (int64_t i = 0; i < d; ++i) {
-            q[i] *= scale;
-            k_at[at + i] = from_float<T>(k[i]);
-            v_at[at + i] = from_float<T>(v[i]);
-          }
-        }
-        for (int64_t r = 0; r < R; ++r) {
-          const int64_t at = ((layer * B + slot[r]) * H + head) * S * d;
-          attend(qkv + r * ld + head * d, k_at + at, v_at + at, position[r] + 1, d,
-                 attended + r * ld + head * d);
-        }
+  void embed(int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float *word = s.tok_emb + s.token[r] * s.E, *place = s.pos_emb + s.position[r] * s.E;
+      float* row = s.h + r * s.ld;
+      for (int64_t i = 0; i < s.E; ++i) row[i] = word[i] + place[i];
+      for (int64_t i = s.E; i < s.Ep; ++i) s.normed[r * s.ld + i] = s.attended[r * s.ld + i] = 0;
+      for (int64_t i = 4 * s.E; i < s.Fp; ++i) s.hidden[r * s.ld + i] = 0;
+    }
+  }
+
+  // normed[r] = LN h[r], rounded, from row `first` on
+  void norm(int64_t first) {
+    const float *weight = next(s.E), *bias = next(s.E);
+    team_.share(s.R - first, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = first + begin; r < first + end; ++r) {
+        layer_norm(s.h + r * s.ld, weight, bias, s.E, s.normed + r * s.ld);
+        round(s.normed, s.narrow, s.Ep, r, 0, s.E);
       }
     });
   }
 
-  void run() {
-    embed();
-    for (int64_t layer = 0; layer < L; ++layer) {
-      norm(0);
-      multiply(3 * E, E, normed, R, {qkv, ld, next_vector(3 * E), put_biased});
-      if (k_cache.dtype == DType::f32)
-        append_and_attend<float>(layer);
-      else
-        append_and_attend<bf16>(layer);
-      multiply(E, E, attended, R, {h, ld, next_vector(E), add_biased});
-      norm(0);
-      multiply(4 * E, E, normed, R, {hidden, ld, next_vector(4 * E), put_gelu});
-      multiply(E, 4 * E, hidden, R, {h, ld, next_vector(E), add_biased});
+  // outputs [begin, end) of qkv: scales those of q, puts those of k and v into the cache
+  void append(int64_t layer, int64_t begin, int64_t end) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(s.d));
+    for (int64_t r = 0; r < s.R; ++r) {
+      float* row = s.qkv + r * s.ld;
+      for (int64_t n = begin; n < end && n < s.E; ++n) row[n] *= scale;
+      for (int64_t n = begin > s.E ? begin : s.E; n < end;) {  // a head at a time
+        const View& cache = n < 2 * s.E ? s.k_cache : s.v_cache;
+        const int64_t head = n % s.E / s.d, i = n % s.d;
+        const int64_t rest = s.d - i < end - n ? s.d - i : end - n;
+        Cache* to = cache.as<Cache>() + cache_at(layer, r, head) + s.position[r] * s.d + i;
+        for (int64_t j = 0; j < rest; ++j) to[j] = from_float<Cache>(row[n + j]);
+        n += rest;
+      }
     }
-    const int64_t first = R - n_logits;
-    norm(first);
-    multiply(V, E, normed + first * ld, n_logits, {logits, V, logits, put});  // no bias
+  }
+
+  int64_t cache_at(int64_t layer, int64_t r, int64_t head) const {
+    return ((layer * s.B + s.slot[r]) * s.H + head) * s.S * s.d;
+  }
+
+  void attention(int64_t layer) {
+    const bool whole = s.d % kGroup == 0 && s.E % kColumns == 0;  // heads are whole groups
+    team_.share(s.R * s.H, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t r = i / s.H, head = i % s.H, at = cache_at(layer, r, head);
+        attend(s.qkv + r * s.ld + head * s.d, s.k_cache.as<Cache>() + at,
+               s.v_cache.as<Cache>() + at, s.position[r] + 1, s.d,
+               s.attended + r * s.ld + head * s.d);
+        if (whole) round_group(s.attended, r, head * s.d, (head + 1) * s.d);
+      }
+    });
+    if (kBits == 32 || whole) return;
+    team_.share(s.R, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) round(s.attended, s.narrow, s.Ep, r, 0, s.E);
+    });
+  }
+
+  void round_group(const float* values, int64_t r, int64_t begin, int64_t end) {
+    round_operand<kBits>(values + r * s.ld, s.Ep, begin / kGroup, end / kGroup,
+                         s.narrow + r * s.ld);
   }
 };
 
-void run(const Args& a) { Step(a).run(); }
+template <int kBits, bool kNative>
+void run_format(const Step& step, int threads) {
+  run_team(threads, [&](Team& team) {
+    if (step.k_cache.dtype == DType::f32)
+      Worker<kBits, kNative, float>(step, team).run();
+    else
+      Worker<kBits, kNative, bf16>(step, team).run();
+  });
+}
+
+void run(const Args& a) {
+  const Step step(a);
+  switch (a.s[0].i) {
+    case 32:
+      return run_format<32, false>(step, a.threads);
+    case 16:
+#if VQFAST_LANES == 16
+      if (has_avx512_bf16()) return run_format<16, true>(step, a.threads);
+#endif
+      return run_format<16, false>(step, a.threads);
+    case 8:
+      return run_format<8, false>(step, a.threads);
+    default:
+      return run_format<4, false>(step, a.threads);
+  }
+}
 
 }  // namespace
 

@@ -25,8 +25,9 @@ class Engine:
         gpt: the model; its weights are copied, so later changes do not show. Those of a PackedGPT
             are used as they are.
         precision: of weights: "fp32", "bf16", "int8" (a scale per row) or "int4" (a scale per 32
-            weights of a row); "auto" is that of the model, "fp32" unless it is packed. Activations
-            are float32; the cache is bfloat16 unless "fp32".
+            weights of a row); "auto" is that of the model, "fp32" unless it is packed. Sums are
+            float32; activations are rounded as the products want them (vqfast/ops/_packed.py); the
+            cache is bfloat16 unless "fp32".
         batch: most sequences at a time. Cache: 2·n_layer·block_size·n_embd values for each.
 
     Raises:

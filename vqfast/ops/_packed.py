@@ -1,21 +1,28 @@
 """The packed weights of `decode_step`: panels of 16 rows in float32, bfloat16, int8 or int4.
 
 A matrix [N, K] is cut into panels of 16 rows, with K padded to a multiple of 64 and N to one of
-16 by zeros. A panel holds, column by column, the 16 values of a column side by side:
+16 by zeros. The columns that one instruction multiplies at a time stand side by side for each row:
 
-    bits 32  float32                      bits 16  bfloat16
-    bits 8   16 float32 row scales, then int8
-    bits 4   per 32 columns: 16 bfloat16 scales, then 16 bytes for each two columns, value + 8,
-             the even column in the low nibble
+    bits 32  [Kp][16] float32
+    bits 16  [Kp/2][16][2] bfloat16: two columns of a row
+    bits 8   16 float32 row scales, then [Kp/4][16][4] uint8, value + 128: four columns of a row
+    bits 4   per 32 columns: 16 bfloat16 scales, then [4][16][4] bytes: byte (v, r, j) holds value
+             + 8 of column 8·v + j of the group in the low nibble, of 8·v + 4 + j in the high one
+
+The matrix is multiplied by rows x [K] that are rounded first (`operand`): to bfloat16 for bits 16;
+for bits 8 and 4 to int8, each 32 columns with a scale of their own, so that the products of 32
+columns add up exactly in int32.
 """
 
 import torch
 from torch import Tensor
 
-LAYOUT = 1  # version of the description above, stored with packed weights in files
+LAYOUT = 2  # version of the description above, stored with packed weights in files
 PANEL = 16  # rows of a panel
 COLUMNS = 64  # K is padded to a multiple
-GROUP = 32  # columns that share an int4 scale
+GROUP = 32  # columns that share an int4 scale, and the scale of an int8 activation
+_LEAST = 2.0**-100  # a group of activations below it becomes zeros
+_OFFSET = {8: 128, 4: 8}  # added to a value, so that it is stored unsigned
 # int4 scales that are tried, as parts of the one that just holds the largest value of a group: a
 # smaller step for all may pay for clipping one
 _INT4_SCALES = (1.0, 0.93, 0.86, 0.79)
@@ -44,16 +51,35 @@ def unpack(packed: Tensor, N: int, K: int, bits: int) -> Tensor:
     if bits == 32:
         return panels.view(torch.float32).view(-1, Kp, PANEL)
     if bits == 16:
-        return panels.view(torch.bfloat16).view(-1, Kp, PANEL).float()
+        pairs = panels.view(torch.bfloat16).view(-1, Kp // 2, PANEL, 2)
+        return pairs.transpose(2, 3).reshape(-1, Kp, PANEL).float()
     if bits == 8:
         scale = panels[:, : PANEL * 4].contiguous().view(torch.float32)  # [panels, 16]
-        values = panels[:, PANEL * 4 :].contiguous().view(torch.int8)
-        return values.view(-1, Kp, PANEL).float() * scale[:, None]
+        quads = panels[:, PANEL * 4 :].reshape(-1, Kp // 4, PANEL, 4)
+        values = quads.transpose(2, 3).reshape(-1, Kp, PANEL).float() - _OFFSET[8]
+        return values * scale[:, None]
     groups = panels.view(panels.shape[0], Kp // GROUP, -1)  # [panels, groups, bytes]
     scale = groups[..., : PANEL * 2].contiguous().view(torch.bfloat16).float()
-    pairs = groups[..., PANEL * 2 :].reshape(*scale.shape[:2], GROUP // 2, 1, PANEL)
-    values = torch.cat([pairs & 15, pairs >> 4], dim=3).float() - 8  # even column, odd column
-    return (values * scale[:, :, None, None]).reshape(-1, Kp, PANEL)
+    octets = groups[..., PANEL * 2 :].reshape(*scale.shape[:2], GROUP // 8, PANEL, 4)
+    octets = octets.transpose(3, 4)  # [panels, groups, 4, 4 columns, 16]
+    values = torch.cat([octets & 15, octets >> 4], dim=3).flatten(2, 3).float() - _OFFSET[4]
+    return (values * scale[:, :, None]).reshape(-1, Kp, PANEL)
+
+
+def operand(x: Tensor, bits: int) -> Tensor:
+    """x [R, Kp] as the products with a matrix of that format see it, float32.
+
+    float64 passes unrounded: it is the oracle. A group of 32 columns that is not finite gives NaN.
+    """
+    if bits == 32 or x.dtype == torch.float64:
+        return x
+    if bits == 16:
+        return x.bfloat16().float()
+    groups = x.view(x.shape[0], -1, GROUP)
+    most = groups.abs().amax(2, keepdim=True)
+    values = (groups * (127 / torch.where(most < _LEAST, 1.0, most))).round()
+    scale = torch.where(most.isfinite(), most / 127, torch.nan)
+    return (values.nan_to_num() * scale).view_as(x)
 
 
 def pack_matrix(w: Tensor, bits: int) -> Tensor:
@@ -64,16 +90,19 @@ def pack_matrix(w: Tensor, bits: int) -> Tensor:
     if bits == 32:
         return _bytes(panels).flatten()
     if bits == 16:
-        return _bytes(panels.bfloat16()).flatten()
+        pairs = panels.bfloat16().unflatten(1, (-1, 2)).transpose(2, 3)  # [panels, Kp/2, 16, 2]
+        return _bytes(pairs).flatten()
     if bits == 8:
         scale = panels.abs().amax(1) / 127  # [panels, 16]
         values = (panels / _divisor(scale)[:, None]).round().clamp(-127, 127)
-        parts = [_bytes(scale), _bytes(values.to(torch.int8)).flatten(1)]
-        return torch.cat([part.flatten(1) for part in parts], dim=1).flatten()
+        # NaN is kept by the scale
+        quads = (values + _OFFSET[8]).nan_to_num().to(torch.uint8).unflatten(1, (-1, 4))
+        return torch.cat([_bytes(scale), quads.transpose(2, 3).flatten(1)], dim=1).flatten()
     groups = panels.reshape(panels.shape[0], -1, GROUP, PANEL)  # [panels, groups, 32, 16]
     scale, values = _int4(groups)
-    pairs = (values[:, :, 0::2] | values[:, :, 1::2] << 4).flatten(2)  # [panels, groups, 256]
-    return torch.cat([_bytes(scale), pairs], dim=2).flatten()
+    octets = values.unflatten(2, (-1, 2, 4))  # [panels, groups, 4, low or high, 4, 16]
+    octets = octets[:, :, :, 0] | octets[:, :, :, 1] << 4
+    return torch.cat([_bytes(scale), octets.transpose(3, 4).flatten(2)], dim=2).flatten()
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -106,4 +135,4 @@ def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
         best_scale = torch.where(better, scale, best_scale)
         best_values = torch.where(better[:, :, None], values, best_values)
         best_error = torch.where(better, error, best_error)
-    return best_scale, (best_values + 8).nan_to_num().to(torch.uint8)
+    return best_scale, (best_values + _OFFSET[4]).nan_to_num().to(torch.uint8)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from vqfast._dispatch import Op, poison
-from vqfast.ops._packed import COLUMNS, matrix_bytes, pack_matrix, padded, unpack
+from vqfast.ops._packed import COLUMNS, matrix_bytes, operand, pack_matrix, padded, unpack
 from vqfast.ops.decode_attention import attend, tree_sum
 
 VECTORS_PER_LAYER = 13  # times E
@@ -46,9 +46,9 @@ def matrices(L: int, E: int, V: int) -> list[tuple[int, int]]:
     return [(3 * E, E), (E, E), (4 * E, E), (E, 4 * E)] * L + [(V, E)]
 
 
-def _linear(x: Tensor, weight: Tensor, N: int) -> Tensor:
-    """x [R, K] times an unpacked matrix -> [R, N]."""
-    x = torch.nn.functional.pad(x, (0, weight.shape[1] - x.shape[1]))
+def _linear(x: Tensor, weight: Tensor, N: int, bits: int) -> Tensor:
+    """x [R, K], rounded as the format wants, times an unpacked matrix -> [R, N]."""
+    x = operand(torch.nn.functional.pad(x, (0, weight.shape[1] - x.shape[1])), bits)
     rows = max(1, _PRODUCTS // weight.numel())
     parts = [
         # [rows, panels, Kp, 16] -> [rows, panels, 16]
@@ -107,7 +107,7 @@ def _reference(
 
     def linear(x: Tensor) -> Tensor:
         N, K = next(shapes_left)
-        return _linear(x, unpack(next(pieces), N, K, bits), N)
+        return _linear(x, unpack(next(pieces), N, K, bits), N, bits)
 
     b, n = slots.tolist(), positions.tolist()
     h = tok_emb[tokens] + pos_emb[positions]  # [R, E]
@@ -141,12 +141,12 @@ def _outputs(
     bits: int,
     n_logits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Logits, and scratch of one row after another: h, normed, attended [Kp of E], qkv [3E], hidden
-    [Kp of 4E].
+    """Logits, and scratch of one row after another: h, normed, attended, the rounded of both [Kp of
+    E], hidden and its rounded [Kp of 4E], qkv [3E].
     """
     V, E = tok_emb.shape
     # 16 more, so that the same column of all rows does not fall into one set of the cache
-    row = 3 * padded(E, COLUMNS) + 3 * E + padded(4 * E, COLUMNS) + 16
+    row = 4 * padded(E, COLUMNS) + 2 * padded(4 * E, COLUMNS) + 3 * E + 16
     scratch = tok_emb.new_empty(tokens.shape[0], row)
     return tok_emb.new_empty(n_logits, V), scratch
 
