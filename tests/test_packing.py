@@ -131,6 +131,28 @@ def test_the_layout_has_a_number_of_its_own(bits, digest):
     assert (_packed.LAYOUT, found[:12]) == (2, digest)
 
 
+def test_int4_scales_are_nearly_the_best_there_are():
+    """Held against a fine search of every group, and against the scale that clips nothing."""
+    torch.manual_seed(0)
+    for w in (torch.randn(32, 320), torch.randn(32, 320) ** 3, torch.rand(32, 320)):
+        panels = _packed.unpack(_packed.pack_matrix(w, 4), 32, 320, 4)
+        found = (panels.transpose(1, 2).flatten(0, 1)[:, :320] - w).square().sum()
+        groups = w.view(32, 10, 32)
+        extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+        errors = []
+        for part in torch.linspace(1.2, 0.4, 161):
+            scale = extreme / -8 * part
+            errors.append(((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(2))
+        best = torch.stack(errors).amin(0).sum()
+        assert 0.98 * best < found < 1.05 * best and found < errors[40].sum()
+
+
+def test_a_large_matrix_is_packed_like_its_rows():
+    w = torch.randn(48, 32 * 700)  # more groups than are rounded at a time
+    whole = _packed.pack_matrix(w, 4)
+    assert torch.equal(whole, torch.cat([_packed.pack_matrix(part, 4) for part in w.split(16)]))
+
+
 # ---- in files
 
 

@@ -149,6 +149,16 @@ def test_codes_serve_like_their_pictures(quality, pipe, pictures, tmp_path):
         quality.examples(pipe, tmp_path / "all.yaml", tmp_path / "c.safetensors", "held_out")
 
 
+def test_the_shipped_model_keeps_its_loss_on_held_out_pictures(quality, shared_data):
+    pipe = Pipeline.from_pretrained(quality.MODEL)
+    data = Path(shared_data) / "noto_emoji128.tar"
+    idx, cond = quality.examples(pipe, quality.RECIPE, data, "held_out")
+    found = quality.measure(pipe.transformer, idx, cond, quality.PRECISIONS)
+    assert len(idx) == 40 and found["fp32"]["nats"] == pytest.approx(8.95, abs=0.005)  # its README
+    for precision, goal in {"bf16": 0.001, **quality.GOALS}.items():
+        assert 0 < abs(found[precision]["loss"]) <= goal, precision
+
+
 def test_a_missed_goal_is_said(quality):
     assert "within 0.5 %" in quality._verdict("held_out", "int8", {"loss": -0.005})
     assert "NOT within 0.5 %" in quality._verdict("held_out", "int8", {"loss": -0.0051})
