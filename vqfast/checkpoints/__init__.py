@@ -46,7 +46,7 @@ class Checkpoint:
         format: name of the format's file in this package.
         kind: "tokenizer" or "pipeline".
         config: tokenizer: fields of VQGANConfig; pipeline: {"tokenizer", "transformer",
-            "conditioning"}.
+            "conditioning"} and, where the transformer's weights are packed, "packed".
         tensors: finite, dense CPU tensors that share no memory with the file; a pipeline's names
             begin with "tokenizer.", "transformer." or "conditioning.".
         metadata: what the file says about itself (steps, data, licence).

@@ -45,8 +45,10 @@ def _matrix_names(L: int) -> list[tuple[str, ...]]:
 
 def _vector_names(L: int) -> list[str]:
     """Parameters of a GPT that follow one another in `vectors`."""
-    parts = ("ln1.weight", "ln1.bias", "attn.query.bias", "attn.key.bias", "attn.value.bias")
-    parts += ("attn.proj.bias", "ln2.weight", "ln2.bias", "mlp.0.bias", "mlp.2.bias")
+    parts = (
+        "ln1.weight", "ln1.bias", "attn.query.bias", "attn.key.bias", "attn.value.bias",
+        "attn.proj.bias", "ln2.weight", "ln2.bias", "mlp.0.bias", "mlp.2.bias",
+    )  # fmt: skip
     names = [f"blocks.{i}.{part}" for i in range(L) for part in parts]
     return [*names, "ln_f.weight", "ln_f.bias"]
 
@@ -70,7 +72,7 @@ def pack_gpt(gpt: GPT, precision: str) -> Packed:
     device = gpt.tok_emb.weight.device
     weights = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     for names, place in zip(_matrix_names(L), weights.split(sizes), strict=True):
-        matrix = torch.cat([gpt.get_submodule(name).weight for name in names])
+        matrix = torch.cat([gpt.get_parameter(f"{name}.weight") for name in names])
         place.copy_(pack_matrix(matrix.float(), bits))
     return Packed(
         gpt.tok_emb.weight.float().clone(),
@@ -94,6 +96,11 @@ class PackedGPT(nn.Module):
     Raises:
         ValueError: unknown precision, or n_unmasked > 0, which no cache can serve.
     """
+
+    tok_emb: Tensor
+    pos_emb: Tensor
+    vectors: Tensor
+    weights: Tensor
 
     def __init__(self, config: GPTConfig, precision: str, packed: Packed | None = None):
         super().__init__()
@@ -132,7 +139,7 @@ class PackedGPT(nn.Module):
         small = (self.tok_emb.float(), self.pos_emb.float(), self.vectors.float())
         return Packed(*small, self.weights)
 
-    def matrices(self) -> Iterator[Tensor]:
+    def unpacked(self) -> Iterator[Tensor]:
         """Every matrix [N, K] in float32, unpacked one at a time."""
         c, bits = self.config, BITS[self.precision]
         shapes = matrices(c.n_layer, c.n_embd, c.vocab_size)
@@ -151,12 +158,12 @@ class PackedGPT(nn.Module):
             gpt = GPT(self.config).eval()
         L, small = self.config.n_layer, self.packed
         state = {"tok_emb.weight": small.tok_emb.clone(), "pos_emb": small.pos_emb[None].clone()}
-        for names, matrix in zip(_matrix_names(L), self.matrices(), strict=True):
+        for names, matrix in zip(_matrix_names(L), self.unpacked(), strict=True):
             parts = matrix.clone(memory_format=torch.contiguous_format).chunk(len(names))
             state |= {f"{name}.weight": part for name, part in zip(names, parts, strict=True)}
-        names = _vector_names(L)
-        lengths = [gpt.get_parameter(name).numel() for name in names]
-        state |= dict(zip(names, small.vectors.clone().split(lengths), strict=True))
+        vectors = _vector_names(L)
+        lengths = [gpt.get_parameter(name).numel() for name in vectors]
+        state |= dict(zip(vectors, small.vectors.clone().split(lengths), strict=True))
         gpt.load_state_dict(state, assign=True)
         return gpt
 
@@ -200,7 +207,7 @@ def describe(gpt: PackedGPT) -> dict[str, Any]:
     Raises:
         ValueError: the weights hold NaN or infinity, which no file may.
     """
-    for i, matrix in enumerate(gpt.matrices()):
+    for i, matrix in enumerate(gpt.unpacked()):
         if not bool(torch.isfinite(matrix).all()):
             names = " and ".join(_matrix_names(gpt.config.n_layer)[i])
             raise ValueError(
