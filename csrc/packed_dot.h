@@ -1,4 +1,4 @@
-// The products of packed weights with rounded activations, a few columns of 16 rows at a time, and
+// The products of packed weights with rounded activations, a few columns of a row at a time, and
 // the rounding of the activations; for packed_matmul.h. No include guard: a kernel file includes it
 // once per instruction set, after simd.h. Layouts: vqfast/ops/_packed.py.
 //
@@ -8,9 +8,10 @@
 
 namespace vqfast::VQFAST_ISA {
 
-constexpr int kPanel = 16, kColumns = 64, kGroup = 32;
+constexpr int kPanel = 64, kColumns = 64, kGroup = 32;
+constexpr int kSlice = 16;               // rows of a panel that are multiplied together
 constexpr float kLeast = 0x1p-100f;      // a group of activations below it becomes zeros
-constexpr int kParts = kPanel / kLanes;  // vectors that hold one value of each row of a panel
+constexpr int kParts = kSlice / kLanes;  // vectors that hold one value of each row of a slice
 
 VQFAST_INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -7,17 +7,15 @@
 //   the block, and the whole times the scale of the row (bits 8). So no output depends on the
 //   number of rows, their order, or the threads. Error of float32 at most about (32 + K / 32) eps
 //   times the sum of |w x|.
-// Shape of the code: a panel of 16 outputs is read once from memory and used for all rows: with
-//   AVX-512 up to 8 rows x 2 panels at a time (16 accumulators), so that a broadcast activation
-//   serves two products. With few rows 4 panels run side by side to hide the latency of a product.
-//   Memory is asked for kAhead bytes before its use: the streams of a panel are shorter than what
-//   the prefetcher of the CPU takes to see them.
+// Shape of the code: a panel of 64 outputs is read once from memory, as one stream, and used for
+// all
+//   rows: with AVX-512 up to 8 rows x 2 slices of 16 outputs at a time (16 accumulators), so that a
+//   broadcast activation serves two products; few rows take all 4 slices, to hide the latency of a
+//   product.
 
 namespace vqfast::VQFAST_ISA {
 
 constexpr int kMostRows = kLanes == 16 ? 8 : 4;  // rows of a tile
-constexpr int kSideBySide = 4;                   // panels that one thread takes at a time
-constexpr int kAhead = 2048;
 
 struct Matrix {  // [N, K], packed
   const uint8_t* data;
@@ -45,25 +43,25 @@ int64_t matrix_bytes(int64_t N, int64_t K) {
   return padded(N, kPanel) / kPanel * panel_bytes<kBits>(K);
 }
 
-// what kRows x kPanels x 16 outputs take from 32 columns; W [kPanels] at the columns of the group,
-// after their scales
-template <int kBits, bool kNative, int kRows, int kPanels>
-VQFAST_INLINE void add_group(const uint8_t* const* W, const Operand* x, int64_t g,
-                             VF (&sum)[kPanels][kRows][kParts]) {
+// what kRows x kSlices x 16 outputs take from 32 columns; W: the first slice of the first column of
+// the group, after its scales
+template <int kBits, bool kNative, int kRows, int kSlices>
+VQFAST_INLINE void add_group(const uint8_t* W, const Operand* x, int64_t g,
+                             VF (&sum)[kSlices][kRows][kParts]) {
   if constexpr (kBits == 32) {
 #pragma GCC unroll 4
     for (int k = 0; k < kGroup; ++k) {
-      VF w[kPanels][kParts];
+      VF w[kSlices][kParts];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p)
+      for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
         for (int j = 0; j < kParts; ++j)
-          w[p][j] = load((const float*)W[p] + k * kPanel + j * kLanes);
+          w[p][j] = load((const float*)W + k * kPanel + p * kSlice + j * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const VF a = broadcast(((const float*)x[r].values)[g * kGroup + k]);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p)
+        for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
           for (int j = 0; j < kParts; ++j) sum[p][r][j] = fma(w[p][j], a, sum[p][r][j]);
       }
@@ -71,37 +69,38 @@ VQFAST_INLINE void add_group(const uint8_t* const* W, const Operand* x, int64_t 
   } else if constexpr (kBits == 16) {
 #pragma GCC unroll 4
     for (int k = 0; k < kGroup / 2; ++k) {
-      VI w[kPanels][kParts];
+      VI w[kSlices][kParts];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p)
+      for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
-        for (int j = 0; j < kParts; ++j) w[p][j] = load_int(W[p] + (k * kPanel + j * kLanes) * 4);
+        for (int j = 0; j < kParts; ++j)
+          w[p][j] = load_int(W + (k * kPanel + p * kSlice + j * kLanes) * 4);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const VI a = every_lane((const bf16*)x[r].values + g * kGroup + 2 * k);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p)
+        for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
           for (int j = 0; j < kParts; ++j) dot2<kNative>(sum[p][r][j], w[p][j], a);
       }
     }
   } else {
-    VI total[kPanels][kRows][kParts];
+    VI total[kSlices][kRows][kParts];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p)
+      for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
         for (int j = 0; j < kParts; ++j) total[p][r][j] = broadcast_int(x[r].offset[g]);
     constexpr int kQuads = kBits == 8 ? 1 : 2;  // quads of columns in one load
 #pragma GCC unroll 8
     for (int v = 0; v < kGroup / 4 / kQuads; ++v) {
-      VI w[kQuads][kPanels][kParts];
+      VI w[kQuads][kSlices][kParts];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
+      for (int p = 0; p < kSlices; ++p) {
 #pragma GCC unroll 4
         for (int j = 0; j < kParts; ++j) {
-          const VI packed = load_int(W[p] + (v * kPanel + j * kLanes) * 4);
+          const VI packed = load_int(W + (v * kPanel + p * kSlice + j * kLanes) * 4);
           if constexpr (kBits == 8) {
             w[0][p][j] = packed;
           } else {
@@ -116,7 +115,7 @@ VQFAST_INLINE void add_group(const uint8_t* const* W, const Operand* x, int64_t 
         for (int r = 0; r < kRows; ++r) {
           const VI a = every_lane((const int8_t*)x[r].values + g * kGroup + (v * kQuads + q) * 4);
 #pragma GCC unroll 4
-          for (int p = 0; p < kPanels; ++p)
+          for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
             for (int j = 0; j < kParts; ++j) dot4(total[p][r][j], w[q][p][j], a);
         }
@@ -125,35 +124,30 @@ VQFAST_INLINE void add_group(const uint8_t* const* W, const Operand* x, int64_t 
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p)
+      for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
         for (int j = 0; j < kParts; ++j) sum[p][r][j] = __builtin_convertvector(total[p][r][j], VF);
   }
 }
 
-// kRows x kPanels tile: panels `bytes` apart, x [kRows] -> out [kPanels][kRows][16]
-template <int kBits, bool kNative, int kRows, int kPanels>
-void tile(const uint8_t* panel, int64_t Kp, int64_t bytes, const Operand* x, float* out) {
+// slices [slice, slice + kSlices) of a panel times x [kRows] -> out [kSlices][kRows][16]
+template <int kBits, bool kNative, int kRows, int kSlices>
+void tile(const uint8_t* panel, int64_t slice, int64_t Kp, const Operand* x, float* out) {
   constexpr int kScales = kBits == 4 ? kPanel * 2 : 0;
   constexpr int kBytes = group_bytes<kBits>();
-  VF total[kPanels][kRows][kParts] = {};
+  // all formats have 4 bytes for a row of the columns that stand together
+  const int64_t first = slice * kSlice * 4;
+  VF total[kSlices][kRows][kParts] = {};
   for (int64_t g = 0; g < Kp / kGroup; ++g) {
-    const uint8_t* W[kPanels];
+    const uint8_t* at = panel + head_bytes<kBits>() + g * kBytes;
+    VF sum[kSlices][kRows][kParts] = {};
+    add_group<kBits, kNative, kRows, kSlices>(at + kScales + first, x, g, sum);
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
-      const uint8_t* at = panel + p * bytes + head_bytes<kBits>() + g * kBytes;
-#pragma GCC unroll 32
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(at + kAhead + line);
-      W[p] = at + kScales;
-    }
-    VF sum[kPanels][kRows][kParts] = {};
-    add_group<kBits, kNative, kRows, kPanels>(W, x, g, sum);
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
+    for (int p = 0; p < kSlices; ++p) {
 #pragma GCC unroll 4
       for (int j = 0; j < kParts; ++j) {
         VF scale{};
-        if constexpr (kBits == 4) scale = load((const bf16*)(W[p] - kScales) + j * kLanes);
+        if constexpr (kBits == 4) scale = load((const bf16*)at + (slice + p) * kSlice + j * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           VF& t = total[p][r][j];
@@ -168,14 +162,15 @@ void tile(const uint8_t* panel, int64_t Kp, int64_t bytes, const Operand* x, flo
     }
   }
 #pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p) {
+  for (int p = 0; p < kSlices; ++p) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < kParts; ++j) {
         VF y = total[p][r][j];
-        if constexpr (kBits == 8) y = y * load((const float*)(panel + p * bytes) + j * kLanes);
-        store(out + (p * kRows + r) * kPanel + j * kLanes, y);
+        if constexpr (kBits == 8)
+          y = y * load((const float*)panel + (slice + p) * kSlice + j * kLanes);
+        store(out + (p * kRows + r) * kSlice + j * kLanes, y);
       }
     }
   }
@@ -191,25 +186,19 @@ struct Output {
   Finish finish;
 };
 
-// kRows rows from r on, of the panels [begin, end), kPanels at a time and one at a time at the end
-template <int kBits, bool kNative, int kRows, int kPanels>
-void tiles(const Matrix& m, int64_t begin, int64_t end, const Operand* x, int64_t r,
+// one panel, from output n on, times kRows operands, the rows r.. of the result
+template <int kBits, bool kNative, int kRows, int kSlices>
+void tiles(const uint8_t* panel, int64_t n, const Matrix& m, const Operand* x, int64_t r,
            const Output& to) {
-  const int64_t Kp = padded(m.K, kColumns), bytes = panel_bytes<kBits>(m.K);
-  float out[kPanels * kRows * kPanel];
-  for (int64_t p = begin; p < end;) {
-    const int panels = end - p < kPanels ? 1 : kPanels;
-    const uint8_t* at = m.data + p * bytes;
-    if (panels == kPanels)
-      tile<kBits, kNative, kRows, kPanels>(at, Kp, bytes, x, out);
-    else
-      tile<kBits, kNative, kRows, 1>(at, Kp, bytes, x, out);
-    for (int i = 0; i < panels * kRows; ++i) {
-      const int64_t n = (p + i / kRows) * kPanel;
-      to.finish(out + i * kPanel, to.bias + n, to.y + (r + i % kRows) * to.ld + n,
-                static_cast<int>(m.N - n < kPanel ? m.N - n : kPanel));
+  float out[kSlices * kRows * kSlice];
+  for (int slice = 0; slice < kPanel / kSlice; slice += kSlices) {
+    tile<kBits, kNative, kRows, kSlices>(panel, slice, padded(m.K, kColumns), x, out);
+    for (int i = 0; i < kSlices * kRows; ++i) {
+      const int64_t at = n + (slice + i / kRows) * kSlice, rest = m.N - at;
+      if (rest > 0)
+        to.finish(out + i * kSlice, to.bias + at, to.y + (r + i % kRows) * to.ld + at,
+                  static_cast<int>(rest < kSlice ? rest : kSlice));
     }
-    p += panels;
   }
 }
 
@@ -217,22 +206,23 @@ void tiles(const Matrix& m, int64_t begin, int64_t end, const Operand* x, int64_
 template <int kBits, bool kNative>
 void matmul(const Matrix& m, int64_t begin, int64_t end, const float* operands, int64_t ld,
             int64_t R, const Output& to) {
-  constexpr int kFew = kLanes == 16 ? 4 : 2;  // panels of a tile of 2 rows
-  const int64_t Kp = padded(m.K, kColumns);
-  for (int64_t p = begin; p < end; p += kSideBySide) {
-    const int64_t last = end - p < kSideBySide ? end : p + kSideBySide;
+  constexpr bool kWide = kLanes == 16;
+  const int64_t Kp = padded(m.K, kColumns), bytes = panel_bytes<kBits>(m.K);
+  for (int64_t p = begin; p < end; ++p) {
+    const uint8_t* at = m.data + p * bytes;
+    const int64_t n = p * kPanel;
     Operand x[kMostRows];
     for (int64_t r = 0; r < R;) {
       const int rows = R - r >= kMostRows ? kMostRows : R - r >= 4 ? 4 : R - r >= 2 ? 2 : 1;
       for (int i = 0; i < rows; ++i) x[i] = operand_at<kBits>(operands + (r + i) * ld, Kp);
-      if (rows == kMostRows)
-        tiles<kBits, kNative, kMostRows, kLanes == 16 ? 2 : 1>(m, p, last, x, r, to);
+      if (rows == 8)
+        tiles<kBits, kNative, kMostRows, 2>(at, n, m, x, r, to);
       else if (rows == 4)
-        tiles<kBits, kNative, 4, kLanes == 16 ? 4 : 1>(m, p, last, x, r, to);
+        tiles<kBits, kNative, 4, kWide ? 4 : 1>(at, n, m, x, r, to);
       else if (rows == 2)
-        tiles<kBits, kNative, 2, kFew>(m, p, last, x, r, to);
+        tiles<kBits, kNative, 2, kWide ? 4 : 2>(at, n, m, x, r, to);
       else
-        tiles<kBits, kNative, 1, kSideBySide>(m, p, last, x, r, to);
+        tiles<kBits, kNative, 1, 4>(at, n, m, x, r, to);
       r += rows;
     }
   }

@@ -11,7 +11,7 @@
 //   LayerNorm in lanes): a row's bits depend on its own sequence alone. erf by two polynomials
 //   fitted to float64, absolute error < 2e-7.
 // Shape of the code: one team of threads for the whole step, with a barrier after each phase: rows
-//   (LayerNorm), panels of 16 outputs (matrices), heads of rows (attention). A thread that has made
+//   (LayerNorm), panels of 64 outputs (matrices), heads of rows (attention). A thread that has made
 //   some outputs does with them what concerns them alone: bias and GELU, the cache, rounding.
 //   Weights are read once per call for all rows; 7 phases per layer.
 // Ladder (336M, R = 1, Zen 5, 2 threads, ms): a parallel region per phase, float products of
@@ -172,7 +172,7 @@ class Worker {
   void multiply(int64_t N, int64_t K, const float* operands, int64_t R, const Output& to,
                 Then&& then = nothing) {
     const Matrix m{weights_, N, K};
-    team_.share(padded(N, kPanel) / kPanel, kSideBySide, [&](int64_t begin, int64_t end) {
+    team_.share(padded(N, kPanel) / kPanel, 1, [&](int64_t begin, int64_t end) {
       matmul<kBits, kNative>(m, begin, end, operands, s.ld, R, to);
       then(begin * kPanel, end * kPanel < N ? end * kPanel : N);
     });

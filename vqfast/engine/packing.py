@@ -145,7 +145,7 @@ class PackedGPT(nn.Module):
         shapes = matrices(c.n_layer, c.n_embd, c.vocab_size)
         places = self.weights.split(_sizes(c, bits))
         for (N, K), place in zip(shapes, places, strict=True):
-            panels = unpack(place, N, K, bits).transpose(1, 2)  # [panels, 16, Kp]
+            panels = unpack(place, N, K, bits).transpose(1, 2)  # [panels, rows, Kp]
             yield panels.reshape(-1, panels.shape[2])[:N, :K]
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ def _linear(x: Tensor, weight: Tensor, N: int, bits: int) -> Tensor:
     x = operand(torch.nn.functional.pad(x, (0, weight.shape[1] - x.shape[1])), bits)
     rows = max(1, _PRODUCTS // weight.numel())
     parts = [
-        # [rows, panels, Kp, 16] -> [rows, panels, 16]
+        # [rows, panels, Kp, 64] -> [rows, panels, 64]
         tree_sum(some[:, None, :, None] * weight, 2).flatten(1)
         for some in x.split(rows)
     ]
