@@ -38,12 +38,17 @@ stage() {
   names+=("$name") results+=("$status") seconds+=($((SECONDS - begin)))
 }
 
-# measure SUITE OP LIMIT: a stage that measures; its last line, the JSON object, goes to OUT/bench.jsonl too
+# measure SUITE WHICH LIMIT: a stage that measures; its last line, the JSON object, goes to OUT/bench.jsonl too.
+# WHICH: of micro the op, of others the cases; empty for all.
 measure() {
   local name=bench_$1 limit=$3
   local -a flags=(--suite "$1" --device cuda --budget 5 --record)
-  [[ -z $2 ]] || name=bench_$2 flags+=(--op "$2")
-  [[ $1 == micro ]] && flags+=(--dtype fp32,fp16,bf16) || flags+=(--dtype fp32,bf16)
+  case $1 in
+    micro) flags+=(--op "$2" --dtype fp32,fp16,bf16) ;;
+    sample) flags+=(--case "$2") ;;
+    *) flags+=(--dtype fp32,bf16) ;;
+  esac
+  [[ -z $2 ]] || name=bench_${2%\*}
   is_wanted "$name" || return 0
   stage "$name" "$limit" "$PYTHON" bench/run.py "${flags[@]}"
   tail -n 1 "$OUT/$name.log" | grep '^{' >>"$OUT/bench.jsonl" || true
@@ -126,7 +131,9 @@ for op in nearest quantize code_stats causal_attention decode_attention group_no
 done
 measure model "" 600
 measure train "" 600
-measure sample "" 600
+for cases in "gpt_small*" "gpt_336m*" "gpt576*" "emoji64*"; do # the opponents compile: minutes
+  measure sample "$cases" 900
+done
 stage picture 60 "$PYTHON" bench/picture.py "$OUT/bench.jsonl" "$OUT/bench.png"
 
 for status in ${results[@]+"${results[@]}"}; do [[ $status == 0 ]] || exit 1; done

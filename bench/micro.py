@@ -5,6 +5,7 @@ Every contestant of a search, ours too, is judged by the float64 rule (exactness
 of one call is measured (memory.py).
 """
 
+import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -44,6 +45,10 @@ class Options(NamedTuple):
     rounds: int = 7
     budget_s: float = 20.0
     gate: bool = True
+
+    def takes(self, case_id: str) -> bool:
+        """Is this case among those that were asked for, by an id or a pattern of ids?"""
+        return fnmatch.fnmatchcase(case_id, self.case or "*")
 
 
 def measures(op: str | None) -> list[Measure]:
@@ -137,6 +142,15 @@ class Gate:
         why = f"{first.op} {first.case} {first.dtype}: {first.reason}" if first else "no check ran"
         self.refused[f"{op} on {backend}"] = f"{len(bad)} of {len(rows)} checks fail; {why}"
         return False
+
+    def require(self, parts: Iterable[str]) -> None:
+        """RefusedError unless these ops of a network pass on each native backend of the device."""
+        known = ops.load_all()
+        native = ("cuda", "triton") if self._device.startswith("cuda") else ("cpu",)
+        for op in parts:
+            for backend in native:
+                if op in known and op in _dispatch.OPS and not self.passes(op, backend, part=True):
+                    raise RefusedError("; ".join(f"{k}: {v}" for k, v in self.refused.items()))
 
     def _checks(self, op: str) -> list[check.Row]:
         if op not in self._rows:
@@ -242,7 +256,7 @@ class RefusedError(RuntimeError):
 def chosen(options: Options) -> Iterable[tuple[Measure, Case, str]]:
     for measure in measures(options.op):
         for case in cases(measure.op, "bench"):
-            if options.case in (None, case.id):
+            if options.takes(case.id):
                 for dtype in options.dtypes:
                     yield measure, case, dtype
 

@@ -1,10 +1,9 @@
-"""The suites model, train and sample: whole networks, ours against other projects.
+"""The suites model and train: whole networks, ours against other projects.
 
 Measures and their inputs, which opponents get too:
     encode, decode      (tokenizer, data)        the opponent takes tokenizer.state_dict(), taming's
     names train_tokenizer     (VQGANConfig, images)    one step of generator and discriminator, no
     perceptual net train_transformer   (GPTConfig, idx, cond)   forward, backward and AdamW
-    generate            (GPTConfig, cond, n)     n tokens with top-k 100, cache included
 The gate is that of every op that the network runs on.
 """
 
@@ -14,32 +13,33 @@ from typing import Any, NamedTuple
 
 import baselines
 import torch
-from micro import DTYPES, Gate, Options, RefusedError
+from micro import DTYPES, Gate, Options
 from report import Row, rows_of
 
-from vqfast import GPT, VQGAN, Engine, GPTConfig, VQGANConfig, _dispatch, ops
+from vqfast import GPT, VQGAN, GPTConfig, VQGANConfig
 from vqfast.testing.timing import race
 from vqfast.train.distributed import World
 from vqfast.train.tokenizer import TokenizerConfig, TokenizerStage
-
-TOP_K = 100  # of the sampling suite: what taming's users type is 100 to 600
 
 _SMALL = {"ch": 32, "ch_mult": (1, 2, 2), "z_channels": 64, "embed_dim": 64, "resolution": 64}
 _VQGANS = {  # id: config, batch, side
     "f16_256": (VQGANConfig(), 1, 256),
     "small_64": (VQGANConfig(attn_resolutions=(16,), n_embed=1024, **_SMALL), 8, 64),
 }
-_GPTS = {  # id: config, batch, tokens: 336 M and 38 M parameters
-    "gpt_336m": (GPTConfig(16384, 256, n_layer=24, n_head=16, n_embd=1024), 1, 32),
-    "gpt_336m_batch8": (GPTConfig(16384, 256, n_layer=24, n_head=16, n_embd=1024), 8, 32),
-    "gpt_small": (GPTConfig(1024, 256, n_layer=12, n_head=8, n_embd=512), 1, 64),
+GPTS = {  # gpt_small has 38 M parameters; 256 and 576 tokens are images of 16 x 16 and 24 x 24
+    "gpt_336m": GPTConfig(16384, 256, n_layer=24, n_head=16, n_embd=1024),
+    "gpt_small": GPTConfig(1024, 256, n_layer=12, n_head=8, n_embd=512),
+    "gpt576_336m": GPTConfig(16384, 576, n_layer=24, n_head=16, n_embd=1024),
+    "gpt576_775m": GPTConfig(16384, 576, n_layer=36, n_head=20, n_embd=1280),
+    "gpt576_1b4": GPTConfig(16384, 576, n_layer=48, n_head=24, n_embd=1536),
 }
+_TRAINED = {"gpt_336m": ("gpt_336m", 1), "gpt_336m_batch8": ("gpt_336m", 8)}
+_TRAINED |= {"gpt_small": ("gpt_small", 1)}  # id: GPT, batch
 _OPS = {
-    "encode": ("group_norm_silu", "nearest"),
-    "decode": ("group_norm_silu",),
+    "encode": ("group_norm_silu", "conv3x3", "nearest"),
+    "decode": ("group_norm_silu", "conv3x3"),
     "train_tokenizer": ("group_norm_silu", "nearest", "straight_through", "quantize"),
     "train_transformer": ("causal_attention", "cross_entropy"),
-    "generate": ("decode_step", "sample_logits"),
 }
 
 
@@ -49,14 +49,6 @@ class Case(NamedTuple):
     id: str
     measure: str
     inputs: Callable[[], tuple]
-
-
-class Told(NamedTuple):
-    """What an opponent is told of the case besides its inputs."""
-
-    id: str
-    dtype: str
-    device: str
 
 
 def _images(batch: int, side: int) -> torch.Tensor:
@@ -79,12 +71,10 @@ def _train_inputs(name: str) -> tuple:
     return config, _images(batch, side)
 
 
-def _gpt_inputs(name: str, measure: str) -> tuple:
-    config, batch, n = _GPTS[name]
-    g = torch.Generator().manual_seed(2)
+def _gpt_inputs(name: str) -> tuple:
+    model, batch = _TRAINED[name]
+    config, g = GPTS[model], torch.Generator().manual_seed(2)
     cond = torch.randint(8, (batch, 1), generator=g)
-    if measure == "generate":
-        return config, cond, n
     return config, torch.randint(config.vocab_size, (batch, 256), generator=g), cond
 
 
@@ -98,10 +88,8 @@ def cases(suite: str) -> list[Case]:
     if suite == "train":
         for name in _VQGANS:
             found.append(Case(name, "train_tokenizer", lambda n=name: _train_inputs(n)))
-    measure = {"train": "train_transformer", "sample": "generate"}.get(suite)
-    if measure:
-        for name in _GPTS:
-            found.append(Case(name, measure, lambda n=name, m=measure: _gpt_inputs(n, m)))
+        for name in _TRAINED:
+            found.append(Case(name, "train_transformer", lambda n=name: _gpt_inputs(n)))
     return found
 
 
@@ -154,34 +142,14 @@ def _our_train_transformer(
     return step
 
 
-def _our_generate(dtype: str, device: str, config: GPTConfig, cond: torch.Tensor, n: int) -> Any:
-    torch.manual_seed(0)
-    model = GPT(config).eval().requires_grad_(False).to(device)
-    engine = Engine(model, precision=dtype, batch=len(cond))
-    cond = cond.to(device)
-    return lambda: engine.generate(cond, n, seed=0, top_k=TOP_K)
-
-
 # ---- the suites
 
 
 def _work(case: Case, inputs: tuple) -> str:
     """What one call does, for the notes."""
-    if case.measure == "generate":
-        return f"{len(inputs[1])} x {inputs[2]} tokens"
     if case.measure == "train_transformer":
         return f"{inputs[1].numel()} tokens"
     return f"batch {len(inputs[1])}"
-
-
-def _gate(gate: Gate, measure: str, device: str) -> None:
-    """RefusedError unless the checks of all its ops pass on every native backend of the device."""
-    known = ops.load_all()
-    native = ("cuda", "triton") if device.startswith("cuda") else ("cpu",)
-    for op in _OPS[measure]:
-        for backend in native:
-            if op in known and op in _dispatch.OPS and not gate.passes(op, backend, part=True):
-                raise RefusedError("; ".join(f"{k}: {v}" for k, v in gate.refused.items()))
 
 
 def run(
@@ -193,17 +161,17 @@ def run(
         ValueError: unknown case. RefusedError: an op's checks fail.
     """
     gate = Gate(options.device, options.gate, say)
-    todo = [c for c in cases(suite) if options.case in (None, c.id)]
+    todo = [c for c in cases(suite) if options.takes(c.id)]
     if not todo:
         known = ", ".join(dict.fromkeys(c.id for c in cases(suite)))
         raise ValueError(f"--case must be one of {known}, got {options.case!r}")
     for case in todo:
-        _gate(gate, case.measure, options.device)
+        gate.require(_OPS[case.measure])
         inputs = case.inputs()
         for dtype in options.dtypes:
             say(f"timing {case.measure} {case.id} {dtype}")
             ours = {"vqfast": _ours(case, dtype, inputs, options.device)}
-            told = Told(case.id, dtype, options.device)
+            told = baselines.Told(case.id, dtype, options.device)
             peers, missing = baselines.runners(case.measure, told, inputs, options.device)
             times = race(
                 {**ours, **peers},

@@ -1,7 +1,8 @@
 """A PNG of measured rows: python bench/picture.py bench/results/micro.jsonl OUT.png [--measure M]
 
-Left the measured roofline with every contestant, right how many times faster ours is than each
-opponent, both on logarithmic axes. Of a ledger, the newest figure of each row on the device of its
+Left the measured roofline with every contestant, then the part of the read bandwidth that decoding
+reaches, right how many times faster ours is than each opponent; panels without rows are left out.
+Of a ledger, the newest figure of each row on the device of its
 last line counts. `bench/run.py --plot` draws what it has just measured.
 """
 
@@ -39,7 +40,10 @@ def newest(ledger: list[dict]) -> dict:
             raced: dict[tuple, list[dict]] = {}
             for row in line["rows"]:
                 raced.setdefault((row["measure"], row["case"], row["dtype"]), []).append(row)
-            races |= raced
+            for key, race in raced.items():
+                # opponents of a decoding have races of their own formats, where ours may be absent
+                kept = [] if any(r["ours"] for r in race) else races.get(key, [])
+                races[key] = [r for r in kept if r["ours"]] + race
     return {
         **ledger[-1],
         "rows": [r for race in races.values() for r in race],
@@ -61,11 +65,12 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     peers = sorted({r["contestant"] for r in rows if not r["ours"]})
     looks = {n: (_COLOURS[i % 12], _MARKERS[i % 12]) for i, n in enumerate(peers)}
     points = [r for r in rows if r.get("gflop_s") and r.get("gb_s")]
-    height = max(5.0, 2.2 + _ROW_INCHES * len(ours))
-    panels = bool(points) + bool(ours)
+    reads = [r for r in rows if r["ours"] and r.get("of_read")]
+    height = max(5.0, 2.2 + _ROW_INCHES * max(len(ours), len(reads)))
+    panels = bool(points) + bool(reads) + bool(ours)
     if not panels:
         raise ValueError("nothing to draw: no row has an opponent or a cost")
-    width = 13.0 if panels == 2 else 8.5
+    width = (8.5, 13.0, 19.0)[panels - 1]
     figure, axes = plt.subplots(
         1, panels, figsize=(width, height), squeeze=False, layout="constrained"
     )
@@ -73,6 +78,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     if points:
         numbers = {_key(r): i + 1 for i, r in enumerate(ours)}  # as on the lines of the other panel
         _roofline(at.pop(0), points, record.get("ceilings", {}), looks, numbers)
+    if reads:
+        _reads(at.pop(0), reads, rows, looks)
     if ours:
         _ratios(at.pop(0), ours, rows, looks)
     _legend(figure, rows, looks, record.get("ceilings", {}) if points else {})
@@ -130,6 +137,24 @@ def _roofline(
     axes.set_ylabel("useful GFLOP/s")
     axes.set_title("Measured roofline", fontsize=11)
     axes.grid(True, which="major", color="0.9")
+    axes.set_axisbelow(True)
+
+
+def _reads(axes: Any, ours: list[dict], rows: list[dict], looks: Mapping) -> None:
+    """One line per case and precision: ours, and the opponents in the same format."""
+    for y, r in enumerate(ours):
+        axes.plot(100 * r["of_read"], y, "*", color=_OURS, markersize=11, zorder=3)
+        for peer in rows:
+            if not peer["ours"] and _key(peer)[:3] == _key(r)[:3] and peer.get("of_read"):
+                colour, marker = looks[peer["contestant"]]
+                axes.plot(100 * peer["of_read"], y, marker=marker, color=colour, markersize=7)
+    axes.axvline(100, color="0.3", linewidth=1)
+    axes.set_xlim(0, max(105, *(105 * r["of_read"] for r in rows if r.get("of_read"))))
+    axes.set_yticks(range(len(ours)), [f"{r['case']} {r['dtype']}" for r in ours], fontsize=8)
+    axes.set_ylim(len(ours) - 0.5, -0.5)
+    axes.set_title("Reading each weight once per step", fontsize=11)
+    axes.set_xlabel("% of the read bandwidth measured in the same rounds")
+    axes.grid(True, color="0.9")
     axes.set_axisbelow(True)
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from micro import Gate, Options
-from networks import _gate
 from report import ROOT, Row
 from torch import Tensor
 
@@ -147,7 +146,7 @@ def run(
         raise ValueError("the suite quality needs --data, the pictures of the recipe")
     if options.case not in (None, *CASES):
         raise ValueError(f"--case must be one of {', '.join(CASES)}, got {options.case!r}")
-    _gate(Gate(options.device, options.gate, say), "generate", options.device)
+    Gate(options.device, options.gate, say).require(("decode_step", "sample_logits"))
     pipe = Pipeline.from_pretrained(model).to(options.device)
     for case in CASES if options.case is None else (options.case,):
         say(f"encoding {case}")

@@ -15,8 +15,8 @@ LEDGER = Path(__file__).resolve().parent / "results"
 
 
 class Row(NamedTuple):
-    """One measured contestant on one case. Times in ms; `ratios` are times faster than each
-    peer.
+    """One measured contestant on one case. Times in ms of a call, or of one `unit`; `ratios` are
+    times faster than each peer.
     """
 
     measure: str
@@ -34,6 +34,13 @@ class Row(NamedTuple):
     note: str = ""
     extra_mib: float | None = None  # peak memory of one call beyond what was there
     misses: Mapping[str, float] = {}  # a search: part of the rows that miss, by kind of data
+    unit: str = ""  # "step" of a decoding, "run" of a process
+    tokens: int | None = None  # drawn for each sequence in one call,
+    of_tokens: int | None = None  # of so many of an image
+    tokens_s: float | None = None
+    images_s: float | None = None
+    of_read: float | None = None  # part of read_gb_s that reading each weight once per step takes
+    read_gb_s: float | None = None  # streaming reads, in the same rounds
     quality: Mapping[str, float] = {}  # of a packed model, as quality.py says
 
 
@@ -66,8 +73,9 @@ def rows_of(
 
 
 _HEAD = (
-    "case", "dtype", "contestant", "p50 [p20-p80] ms", "GB/s", "GFLOP/s", "% roof", "+MiB",
-    "misses", "nats", "loss", "agreement", "divergence", "ours is",
+    "case", "dtype", "contestant", "p50 [p20-p80] ms", "tokens/s", "images/s", "% of read GB/s",
+    "GB/s", "GFLOP/s", "% roof", "+MiB", "misses", "nats", "loss", "agreement", "divergence",
+    "ours is",
 )  # fmt: skip
 
 _QUALITY = {"nats": ".4f", "loss": "+.3%", "agreement": ".2%", "divergence": ".5f"}
@@ -79,7 +87,8 @@ def table(rows: list[Row]) -> str:
     """
     lines: list[str] = []
     for measure in dict.fromkeys(r.measure for r in rows):
-        cells = [_HEAD]
+        unit = next(r.unit for r in rows if r.measure == measure)
+        cells = [tuple(f"{h} per {unit}" if unit and h.endswith("ms") else h for h in _HEAD)]
         for r in rows:
             if r.measure == measure:
                 cells.append(_cells(r))
@@ -96,19 +105,24 @@ def _cells(r: Row) -> tuple[str, ...]:
     def figure(x: float | None, form: str) -> str:
         return "-" if x is None else format(x, form)
 
+    part = r.tokens is not None and r.of_tokens is not None and r.tokens < r.of_tokens
+    capped = f"first {r.tokens} of {r.of_tokens} tokens" if part else ""
     ratios = ", ".join(f"{x:.2f}x {name}" for name, x in r.ratios.items())
     return (
         r.case,
         r.dtype,
         r.contestant,
         "-" if r.p50 is None else f"{r.p50:.4g} [{r.p20:.4g}-{r.p80:.4g}]",
+        figure(r.tokens_s, ".4g"),
+        ("<" if capped else "") + figure(r.images_s, ".3g"),  # later tokens take longer
+        "-" if r.of_read is None else f"{100 * r.of_read:.0f} of {r.read_gb_s:.4g}",
         figure(r.gb_s, ".3g"),
         figure(r.gflop_s, ".4g"),
         figure(None if r.roofline is None else 100 * r.roofline, ".0f"),
         figure(r.extra_mib, ".1f"),
         ", ".join(f"{kind} {100 * x:.2g} %" for kind, x in r.misses.items()),
         *(figure(r.quality.get(name), form) for name, form in _QUALITY.items()),
-        "; ".join(x for x in (ratios, r.note) if x),
+        "; ".join(x for x in (ratios, capped, r.note) if x),
     )
 
 

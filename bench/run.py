@@ -1,10 +1,11 @@
 """Benches: python bench/run.py --suite micro --op nearest
 
 Suites: micro (one op), model (encode, decode), train (a step of each stage), sample (cached
-decoding), quality (what packed weights cost in loss; needs --data). The op's checks run first;
-without them passed there is no number (--no-gate prints UNVERIFIED). Opponents in bench/baselines
-run in the same interleaved rounds, those that are not installed are listed as absent. Times are p50
-[p20-p80]. The last line is one JSON object.
+decoding, and the command `vqfast sample`; all of it takes a quarter of an hour, --case chooses),
+quality (what packed weights cost in loss; needs --data). The op's checks run first; without them
+passed there is no number (--no-gate prints UNVERIFIED). Opponents in bench/baselines run in the
+same interleaved rounds, those that are not installed are listed as absent. Times are p50 [p20-p80].
+The last line is one JSON object.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import picture
 import quality
 import report
 import roofline
+import sampling
 import torch
 
 from vqfast.errors import CheckpointError, DataError
@@ -37,17 +39,24 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--suite", choices=SUITES, default="micro")
     p.add_argument("--op", help="micro: one op (all by default)")
-    p.add_argument("--case", help="one case by its id (all of the suite by default)")
+    p.add_argument(
+        "--case", help="by its id, or a pattern as gpt_small* (all of the suite by default)"
+    )
     p.add_argument("--backend", help="micro: one of ours: cuda, triton, cpu, reference")
     p.add_argument(
         "--dtype",
-        help="fp32, fp16, bf16 (sample and quality: int8, int4 too); several with commas; fp32 by "
-        "default, quality: all precisions",
+        help="fp32 (the default), fp16, bf16; sample and quality: our precisions fp32, bf16, int8, "
+        "int4 (all by default), opponents in fp32 and bf16 accordingly; several with commas",
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, help="of torch, and so of our kernels")
     p.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at most")
-    p.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds per case")
+    p.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        help=f"seconds per case (20), sample: per contestant of a case ({sampling.BUDGET_S:g})",
+    )
     p.add_argument("--data", metavar="PATH", help="quality: pictures of the recipe, or their codes")
     p.add_argument("--model", metavar="PATH", default=quality.MODEL, help="quality (the shipped)")
     p.add_argument("--config", metavar="YAML", default=quality.RECIPE, help="quality: the recipe")
@@ -99,8 +108,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.base:
         line["base"] = report.commit(f"{args.base}^{{commit}}")
     if args.plot and rows:
-        picture.draw(line, args.plot)
-        print(f"drawn: {args.plot}", file=shown)
+        try:
+            picture.draw(line, args.plot)
+            print(f"drawn: {args.plot}", file=shown)
+        except ValueError as error:
+            say(f"bench: {error}")
     if args.record and rows and not args.no_gate:
         print(f"recorded: {report.append(args.suite, line)}", file=shown)
     print(json.dumps(line))
@@ -108,10 +120,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _suite(args: argparse.Namespace, say: Any) -> Any:
-    of_engine = args.suite in ("sample", "quality")
-    known = (*micro.DTYPES, *(("int8", "int4") if of_engine else ()))
-    usual = quality.PRECISIONS if args.suite == "quality" else ("fp32",)
-    dtypes = tuple(args.dtype.split(",")) if args.dtype else usual
+    decodes = args.suite in ("sample", "quality")
+    known = tuple(sampling.BYTES if decodes else micro.DTYPES)
+    dtypes = tuple(args.dtype.split(",")) if args.dtype else known if decodes else ("fp32",)
+    budget = args.budget or (sampling.BUDGET_S if args.suite == "sample" else 20.0)
     for name in dtypes:
         if name not in known:
             raise ValueError(f"--dtype must be out of {', '.join(known)}, got {name!r}")
@@ -122,7 +134,7 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
         dtypes=dtypes,
         device=args.device,
         rounds=args.rounds,
-        budget_s=args.budget,
+        budget_s=budget,
         gate=not args.no_gate,
     )
     if args.suite != "micro":
@@ -130,7 +142,10 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
             raise ValueError("--base, --op and --backend belong to the suite micro")
         if args.suite == "quality":
             return quality.run(options, say, data=args.data, model=args.model, recipe=args.config)
-        return networks.run(args.suite, options, say)
+        suite = args.suite
+        return (
+            sampling.run(options, say) if suite == "sample" else networks.run(suite, options, say)
+        )
     if args.base:
         return against.run(args.base, options, say)
     return micro.run(options, say)
@@ -138,7 +153,7 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
 
 def _versions(rows: list[report.Row], device: str) -> dict[str, str]:
     """What each opponent in the rows was."""
-    names = {r.contestant for r in rows if not r.ours}
+    names = {r.contestant.split()[0] for r in rows if not r.ours}  # without their format
     found = {}
     for measure in {r.measure for r in rows}:
         for name, module in baselines.opponents(measure, device)[0].items():

@@ -9,16 +9,52 @@ namespace vqfast::VQFAST_ISA {
 
 constexpr int kChunk = 64;
 
+// blocks of 2 kWidth lanes: the sums of both halves of a's, then of b's
+template <int kWidth>
+VQFAST_INLINE VF fold(VF a, VF b) {
+  VI low{}, high{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const int within = i % (2 * kWidth), block = i - within;
+    low[i] = within < kWidth ? i : kLanes + block + within - kWidth;
+    high[i] = low[i] + kWidth;
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// lane j = the sum of the lanes of part[j], pairwise as reduce_add
+template <int kCount>
+VQFAST_INLINE VF add_across(VF* part) {
+  if constexpr (kCount == 1) {
+    return part[0];
+  } else {
+    constexpr int kHalf = kCount / 2;
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) part[i] = fold<kHalf>(part[i], part[i + kHalf]);
+    return add_across<kHalf>(part);
+  }
+}
+
+// <q, k[j]> of the n <= kLanes slots from k on; the lanes from n on hold no sense
 template <class T>
-VQFAST_INLINE float dot(const float* q, const T* k, int64_t d) {
-  VF sum{};
+VQFAST_INLINE VF dots(const float* q, const T* k, int n, int64_t d) {
+  VF part[kLanes] = {};
+  const T* slot[kLanes];
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) slot[j] = k + (j < n ? j : n - 1) * d;
   int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) sum = fma(load(q + i), load(k + i), sum);
+  for (; i + kLanes <= d; i += kLanes) {
+    const VF x = load(q + i);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) part[j] = fma(x, load(slot[j] + i), part[j]);
+  }
   if (i < d) {
     const int rest = static_cast<int>(d - i);
-    sum = fma(load_n(q + i, rest), load_n(k + i, rest), sum);
+    const VF x = load_n(q + i, rest);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) part[j] = fma(x, load_n(slot[j] + i, rest), part[j]);
   }
-  return reduce_add(sum);
+  return add_across<kLanes>(part);
 }
 
 // out[i] = out[i] * keep + sum_j p[j] * v[j * d + i]
@@ -52,11 +88,12 @@ void attend(const float* q, const T* k, const T* v, int64_t length, int64_t d, f
     const int n = static_cast<int>(length - begin < kChunk ? length - begin : kChunk);
     float p[kChunk];
     float best = top;
-    for (int j = 0; j < n; ++j) {
-      p[j] = dot(q, k + (begin + j) * d, d);
-      best = p[j] > best ? p[j] : best;
+    for (int j = 0; j < n; j += kLanes) {
+      const int rest = n - j < kLanes ? n - j : kLanes;
+      store(p + j, dots(q, k + (begin + j) * d, rest, d));
     }
     for (int j = n; j < kChunk; ++j) p[j] = -__builtin_inff();  // e^-inf = 0
+    for (int j = 0; j < n; ++j) best = p[j] > best ? p[j] : best;
     VF sum{};
     for (int j = 0; j < kChunk; j += kLanes) {
       const VF e = vexp(load(p + j) - best);

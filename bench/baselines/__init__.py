@@ -1,11 +1,14 @@
 """Opponents, one per file, found by file name: nobody edits a list to add one.
 
 An opponent file has
-    MEASURES            the measures that it takes part in: names of ops, or of networks.py
+    MEASURES            the measures that it takes part in: names of ops, or of networks.py and
+        sampling.py
     version()           the version of what it runs; raises ImportError when that is not installed
-    make(measure, case, inputs) -> function of no arguments that does the work once
+    make(measure, case, inputs) -> function of no arguments that does the work once; for `generate`
+        a function of the number of tokens to draw, whose inputs are (vqfast.GPT, cond [B, 1])
     DEVICES                 where it runs, ("cpu", "cuda") if it does not say; on another device its
         `version` is never called, so that what only a GPU needs is not imported without one
+    FORMATS                 of `generate`, ("fp32", "bf16") if it does not say
 and may raise `Unsuitable` in `make` for a case that it cannot do. `inputs` are those of our own
 runner: the raw op's tensors and scalars, or what networks.py says. Preparation that a user would do
 once (an index that is built, norms of a frozen codebook) belongs into `make`, outside the clock. A
@@ -16,11 +19,19 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Unsuitable(Exception):
     """The opponent cannot do this case; the text says why."""
+
+
+class Told(NamedTuple):
+    """What an opponent is told of a network's case besides its inputs."""
+
+    id: str
+    dtype: str
+    device: str
 
 
 def files() -> list[str]:
@@ -67,17 +78,23 @@ def runner(name: str, measure: str, case: Any, inputs: tuple) -> Callable[[], An
 
 
 def runners(
-    measure: str, case: Any, inputs: tuple, device: str
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    measure: str,
+    case: Any,
+    inputs: tuple,
+    device: str,
+    *,
+    chosen: Callable[[ModuleType], bool] = lambda module: True,
+    once: Callable[[Callable], Any] = lambda run: run(),
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """name -> prepared function that has run once, and name -> reason for each opponent that is
-    missing here.
+    missing here. `chosen` leaves the others out, `once` says how a function is run.
     """
     present, missing = opponents(measure, device)
     ready = {}
-    for name in present:
+    for name in [name for name, module in present.items() if chosen(module)]:
         try:
             run = runner(name, measure, case, inputs)
-            run()
+            once(run)
         except Unsuitable as error:
             missing[name] = str(error)
         except Exception as error:  # another project's code may fail in any way: its row is missing

@@ -21,37 +21,35 @@ def make(measure: str, case: Any, inputs: tuple) -> Any:
 
     if measure != "generate" and case.dtype not in ("fp32", "bf16"):
         raise Unsuitable("trains in fp32 and bf16")
-    config = inputs[0]
+    config = inputs[0].config if measure == "generate" else inputs[0]
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size + 1,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).to(case.device)
+    shape = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size + 1,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device(case.device):
+        model = GPT2LMHeadModel(shape)
     run = _generate if measure == "generate" else _train_step
     return run(model, case, *inputs[1:])
 
 
-def _generate(model: Any, case: Any, cond: torch.Tensor, n: int) -> Any:
-    dtype = torch.float32 if case.dtype == "fp32" else torch.bfloat16
-    model, cond = model.eval().to(dtype), cond.to(case.device)
-    length = {"max_new_tokens": n, "min_new_tokens": n}
+def _generate(model: Any, case: Any, cond: torch.Tensor) -> Any:
+    model = model.eval().to(torch.float32 if case.dtype == "fp32" else torch.bfloat16)
     mask = torch.ones_like(cond)
 
-    def run() -> torch.Tensor:
+    def run(n: int) -> torch.Tensor:
+        length = {"max_new_tokens": n, "min_new_tokens": n}
         return model.generate(cond, attention_mask=mask, do_sample=True, top_k=100, **length)
 
-    run.note = f"in {str(dtype).removeprefix('torch.')}"  # its fastest format for int8 and int4
     return run
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from baselines import Unsuitable
 
 MEASURES = ("encode", "decode", "train_tokenizer", "generate")
+FORMATS = ("fp32",)  # of its sampler, which knows no other
 
 
 def version() -> str:
@@ -134,23 +135,14 @@ def _train_step(case: Any, config: Any, images: torch.Tensor) -> Any:
     return step
 
 
-def _generate(case: Any, config: Any, cond: torch.Tensor, n: int) -> Any:
-    mingpt = _mingpt()
-    torch.manual_seed(0)
-    model = mingpt.GPT(
-        vocab_size=config.vocab_size,
-        block_size=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-    )
-    model, cond = model.eval().to(case.device), cond.to(case.device)
-
-    def run() -> torch.Tensor:
-        return mingpt.sample_with_past(cond, model, n, top_k=100, top_p=1.0)
-
-    run.note = "in float32, the only format of its sampler"
-    return run
+def _generate(case: Any, gpt: Any, cond: torch.Tensor) -> Any:
+    mingpt, config = _mingpt(), gpt.config
+    shape = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd")}
+    with torch.device(case.device):
+        model = mingpt.GPT(config.vocab_size, config.block_size, **shape).eval()
+    # the same parameters, not a copy; its masks are buffers, which ours has not
+    model.load_state_dict({**model.state_dict(), **gpt.state_dict()}, assign=True)
+    return lambda n: mingpt.sample_with_past(cond, model, n, top_k=100, top_p=1.0)
 
 
 def _mingpt() -> types.ModuleType:

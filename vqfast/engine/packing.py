@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.checkpoints import load_into
+from vqfast.checkpoints import fit
+from vqfast.engine._memory import empty_bytes
 from vqfast.errors import CheckpointError
 from vqfast.models.gpt import GPT, GPTConfig
 from vqfast.ops._packed import LAYOUT, matrix_bytes, pack_matrix, unpack
@@ -70,7 +71,7 @@ def pack_gpt(gpt: GPT, precision: str) -> Packed:
     bits, L = BITS[precision], gpt.config.n_layer
     sizes = _sizes(gpt.config, bits)
     device = gpt.tok_emb.weight.device
-    weights = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    weights = empty_bytes(sum(sizes), device)
     for names, place in zip(_matrix_names(L), weights.split(sizes), strict=True):
         matrix = torch.cat([gpt.get_parameter(f"{name}.weight") for name in names])
         place.copy_(pack_matrix(matrix.float(), bits))
@@ -253,5 +254,7 @@ def load_packed(
         CheckpointError: as `empty_packed`, or tensors that do not fit; the text lists them.
     """
     model = empty_packed(config, said, what=what)
-    load_into(model, tensors, what=str(what))
-    return model
+    found, _ = fit(model, tensors, what=str(what))
+    weights = empty_bytes(found["weights"].numel(), torch.device("cpu")).copy_(found["weights"])
+    small = (found[name].float() for name in ("tok_emb", "pos_emb", "vectors"))
+    return PackedGPT(config, model.precision, Packed(*small, weights))
