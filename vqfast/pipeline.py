@@ -180,7 +180,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return next(self.tokenizer.parameters()).device
+        table = self.transformer.tok_emb  # of a PackedGPT the tensor itself
+        return (table if isinstance(table, Tensor) else table.weight).device
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Moves all parts; returns self."""

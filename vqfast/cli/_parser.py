@@ -204,7 +204,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add("--cfg-scale", type=_number, default=1.0, metavar="S", help="guidance; 1 is none (1)")
     add("--seed", type=_at_least(0, 2**64 - 1), default=0, help="image i depends on (seed, i) (0)")
     _Flags(parser, ["size"])
-    add("--precision", choices=_PRECISIONS, default="auto", help="of the transformer (auto)")
+    add("--precision", choices=_PRECISIONS, default="auto", help="of the transformer (as stored)")
     _Flags(parser, ["device"])
     add("--out", metavar="DIR", help="one PNG per image (default: samples, unless --grid)")
     add("--grid", metavar="FILE.png", help="all images on one sheet")
