@@ -14,10 +14,10 @@ PACKAGE = ROOT / "vqfast"
 LEVELS = {
     "_dispatch": 0, "_native": 0, "_check": 0, "_files": 0, "errors": 0,
     "ops": 1, "config": 1,
-    "nn": 2, "checkpoints": 2, "images": 2,
+    "nn": 2, "checkpoints": 2, "images": 2, "windows": 2,
     "models": 3,
     "engine": 4, "data": 4, "metrics": 4, "losses": 4, "accelerate": 4, "testing": 4,
-    "pipeline": 5, "train": 5, "_info": 5,
+    "pipeline": 5, "sampling": 5, "train": 5, "_info": 5,
     "": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 LINES = {"kernels": 500, "vqfast/ops": 250, "csrc": 600}

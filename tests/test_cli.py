@@ -177,8 +177,9 @@ def test_signals_leave_finished_images_and_no_half_ones(
         "sample", "--model", tiny_pipeline, "-n", 10**9, "--out", "o", "--batch-size", 2
     )
     assert got == code and not out and err.splitlines()[-1].startswith("vqfast: ")
-    assert listing(tmp_path / "o") == ["000000000.png", "000000001.png"]
-    assert all(images.load_image(p).size == (16, 16) for p in (tmp_path / "o").iterdir())
+    finished = ["000000000.png", "000000001.png"]
+    assert listing(tmp_path / "o") == [*finished, "vqfast-request.json"]
+    assert all(images.load_image(tmp_path / "o" / p).size == (16, 16) for p in finished)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vqfast import Engine, NonFiniteError
+from vqfast.engine import engine as engine_module
 from vqfast.models.gpt import GPT, GPTConfig
 
 SHAPE = {"vocab_size": 37, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -133,6 +134,84 @@ def test_guidance_is_batch_invariant(gpt):
         assert torch.equal(alone, whole[one])
 
 
+@pytest.mark.parametrize("interval", [(0, 3), (2, 5), (5, 99), (3, 3), (0, 99)])
+def test_guidance_acts_in_its_interval_alone(gpt, interval, each_backend, poison):
+    """Positions are those of the image, whose first two tokens are given here."""
+    cond, uncond, begin = _cond(2, 3), torch.full((2, 3), 36), 2
+    engine, plain = Engine(gpt, batch=2), Engine(gpt, batch=2)
+    codes = engine.generate(
+        cond, 6, seed=0, temperature=0.0, cfg_scale=-2.5, cfg_interval=interval, uncond=uncond,
+        position=begin,
+    )  # fmt: skip
+    for t in range(6):
+        c = plain.prefill(torch.cat([cond, codes[:, :t]], 1))
+        u = plain.prefill(torch.cat([uncond, codes[:, :t]], 1))
+        guided = interval[0] <= begin + t < interval[1]
+        logits = u - 2.5 * (c - u) if guided else c
+        assert torch.equal(logits.argmax(-1), codes[:, t])
+
+
+def test_guidance_costs_nothing_outside_its_interval(gpt, monkeypatch):
+    rows, step = [], engine_module.decode_step
+
+    def spy(tokens, *args, **options):
+        rows.append(len(tokens))
+        return step(tokens, *args, **options)
+
+    monkeypatch.setattr(engine_module, "decode_step", spy)
+    engine, cond, uncond = Engine(gpt, batch=2), _cond(2, 3), _cond(2, 3) + 1
+    options = {"seed": 0, "cfg_scale": 2.0, "uncond": uncond % 37}
+    engine.generate(cond, 8, **options, cfg_interval=(3, 6))
+    # u takes its 6 tokens at once when guidance begins
+    assert rows == [6, 2, 2, 2, 12, 4, 4, 2, 2]
+    rows.clear()
+    engine.generate(cond, 4, **options)
+    assert rows == [12, 4, 4, 4]
+
+
+def test_a_long_prefill_goes_in_few_bounded_calls(gpt, monkeypatch):
+    rows, step = [], engine_module.decode_step
+
+    def spy(tokens, *args, **options):
+        rows.append(len(tokens))
+        return step(tokens, *args, **options)
+
+    monkeypatch.setattr(engine_module, "decode_step", spy)
+    Engine(gpt, batch=3).generate(_cond(3, 70), 1, seed=0)
+    assert sum(rows) == 210 and len(rows) == 4 and max(rows) <= 64
+
+
+def test_every_token_calls_on_step(gpt):
+    seen, engine, cond = [], Engine(gpt, batch=3), _cond(3, 2)
+    options = {"seed": 3, "temperature": 2.0, "sample_index": torch.tensor([7, 1, 4])}
+    codes = engine.generate(cond, 5, **options, on_step=seen.append)
+    assert [s.step for s in seen] == [1, 2, 3, 4, 5]
+    for s in seen:
+        assert s.images == (7, 1, 4) and s.steps == 5 and s.codes.shape == (3, 5)
+        assert torch.equal(s.codes[:, : s.step], codes[:, : s.step])
+        assert (s.codes[:, s.step :] == -1).all()
+    assert torch.equal(engine.generate(cond, 5, **options), codes)
+    spoilt = engine.generate(cond, 5, **options, on_step=lambda s: s.codes.fill_(0))
+    assert torch.equal(spoilt, codes)  # it is a copy
+
+
+def test_an_exception_of_on_step_leaves_the_engine_usable(gpt):
+    class Enough(Exception):
+        pass
+
+    def stop(step):
+        if step.step == 3:
+            raise Enough
+
+    engine, cond = Engine(gpt, batch=2), _cond(2)
+    whole = engine.generate(cond, 6, seed=1)
+    with pytest.raises(Enough):
+        engine.generate(cond, 6, seed=1, on_step=stop)
+    with pytest.raises(ValueError, match="prefill first"):
+        engine.step(torch.tensor([0, 0]))
+    assert torch.equal(engine.generate(cond, 6, seed=1), whole)
+
+
 def test_exactly_the_capacity_fits(gpt):
     engine = Engine(gpt, batch=1)
     assert engine.capacity == 80
@@ -195,6 +274,12 @@ def test_reset_forgets(gpt):
         (lambda e: e.generate(_cond(1), 1, seed=0, temperature=-1.0), ValueError, "temperature"),
         (lambda e: e.generate(_cond(1), 0, seed=0, top_p=2.0), ValueError, "top_p"),
         (lambda e: e.generate(_cond(1), 1, seed=0, cfg_scale=2.0), ValueError, "null condition"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, cfg_interval=(2, 1)), ValueError, "2, 1"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, cfg_interval=(-1, 1)), ValueError, "interval"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, cfg_interval=(1,)), ValueError, "1 values"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, cfg_interval=(0, 1.0)), TypeError, "float"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, cfg_interval=3), TypeError, "interval.*int"),
+        (lambda e: e.generate(_cond(1), 1, seed=0, on_step=3), TypeError, "on_step.*int"),
         (
             lambda e: e.generate(_cond(1), 1, seed=0, cfg_scale=2.0, uncond=_cond(1, 2)),
             ValueError,

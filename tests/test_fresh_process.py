@@ -46,6 +46,31 @@ def test_ops_on_the_cpu_load_no_triton():
     assert loaded == []
 
 
+def test_sampling_loads_neither_triton_nor_what_reads_yaml_runs():
+    loaded = answer("""
+import json, os, sys, tempfile, vqfast.cli
+sheet = os.path.join(tempfile.mkdtemp(), "a.png")
+assert vqfast.cli.main(["sample", "-n", "1", "--device", "cpu", "--grid", sheet]) == 0
+assert os.path.getsize(sheet)
+print(json.dumps([m for m in ('triton', 'torchvision', 'omegaconf', 'torch._dynamo',
+                              'torch._inductor', 'scipy', 'tensorboard') if m in sys.modules]))
+""")
+    assert loaded == []
+
+
+def test_the_program_spares_the_collector_and_a_call_does_not():
+    found = answer("""
+import gc, json, sys, vqfast.cli
+found = []
+for arguments in (["info", "--json"], None):
+    sys.argv = ["vqfast", "info", "--json"]
+    assert vqfast.cli.main(arguments) == 0
+    found += [gc.get_freeze_count() > 0, gc.isenabled()]
+print(json.dumps(found))
+""")
+    assert found == [False, True, True, True]
+
+
 def test_import_and_first_call_leave_the_process_as_it_was():
     same = answer("""
 import json, locale, random, signal, torch

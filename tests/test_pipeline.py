@@ -169,6 +169,8 @@ def test_conditions_on_a_picture(kind):
     assert len(pipe.sample_codes(cond=cond)) == 2
     with pytest.raises(ValueError, match=f"cond must be given.*{kind}"):
         pipe.sample_codes(n=1)
+    with pytest.raises(ValueError, match=r"cond must be \[m, 16\].*\[2, 15\]"):
+        pipe.sample_codes(cond=cond[:, :15])
 
 
 def test_tokens_that_are_no_codes_are_decoded_with_a_warning():
@@ -241,7 +243,14 @@ def test_weights_that_do_not_fit_are_listed(classes, tmp_path, monkeypatch):
         ({"top_p": 0}, ValueError, "top_p"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"precision": "fp16"}, ValueError, "precision.*fp16"),
-        ({"size": (32, 16)}, ValueError, "32x16.*sliding windows"),
+        ({"size": (12, 16)}, ValueError, "at least 16x16, got 12x16.*window"),
+        ({"size": (16, 30)}, ValueError, "multiples of 4, got 16x30"),
+        ({"size": (16, 0)}, ValueError, "size"),
+        ({"size": (16, 32, 3)}, ValueError, r"size must be \(H, W\)"),
+        ({"size": "16x16"}, ValueError, "size must be"),
+        ({"size": 16.0}, ValueError, "size must be"),
+        ({"size": (16.0, 16)}, TypeError, "size must be an int"),
+        ({"window_rule": "taming"}, ValueError, "window_rule.*make_samples, scene.*taming"),
         ({"cond": torch.zeros(1, 1)}, TypeError, "cond.*float32"),
         ({"prefix": torch.zeros(1, 17, dtype=torch.int64)}, ValueError, "prefix"),
         ({"classes": [1], "cond": torch.zeros(1, 1, dtype=torch.int64)}, ValueError, "exclude"),

@@ -13,7 +13,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +36,7 @@ __all__ = [
     "grid",
     "image_to_array",
     "load_image",
+    "load_levels",
     "printable",
     "resize_center_crop",
     "save_png",
@@ -182,7 +183,22 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _one_channel(image: Image.Image) -> Image.Image:
+    """Mode I: palette numbers, or grey levels at the depth of the file."""
+    if image.mode in ("LA", "La", "PA"):
+        image = image.convert(image.mode[0])
+    if image.mode == "F":
+        raise OSError("mode F (32-bit floats) has no levels")
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        image = image.convert("RGB")
+        red, green, blue = np.moveaxis(np.asarray(image), 2, 0)
+        if not (np.array_equal(red, green) and np.array_equal(green, blue)):
+            raise OSError("a picture with one channel is needed, this one has colours")
+        image = image.getchannel(0)
+    return Image.fromarray(np.asarray(image).astype(np.int32))
+
+
+def _decode(file: BinaryIO, reduce: Callable[[Image.Image], Image.Image] = _to_rgb) -> Image.Image:
     _refuse_large_webp(file)
     with warnings.catch_warnings():
         # Pillow warns of large sizes and odd metadata; the size is judged below, the rest changes
@@ -192,7 +208,7 @@ def _decode(file: BinaryIO) -> Image.Image:
             _refuse_large(*image.size)
             image.load()  # the first frame only
             # TIFF turns itself and drops the tag while loading, so the tag is read after that
-            return _upright(_to_rgb(image), _orientation(image))
+            return _upright(reduce(image), _orientation(image))
 
 
 def load_image(
@@ -216,17 +232,40 @@ def load_image(
             or larger than `MAX_PIXELS`, which is judged from the header. FIFOs and devices are
             never opened.
     """
+    return _load(source, name, _to_rgb)
+
+
+def load_levels(path: str | bytes | os.PathLike) -> Image.Image:
+    """Read the one channel of a picture as it is stored: a map of labels or of depths, upright.
+
+    Palette numbers of a picture with a palette, else grey levels of 1, 8 or 16 bits. A picture in
+    colours that are all grey counts as grey; transparency is dropped.
+
+    Returns:
+        A PIL image of mode "I", 32-bit integers.
+
+    Raises:
+        DataError: as `load_image`, or the picture has colours or floats.
+    """
+    return _load(path, None, _one_channel)
+
+
+def _load(
+    source: str | bytes | os.PathLike | BinaryIO,
+    name: str | None,
+    reduce: Callable[[Image.Image], Image.Image],
+) -> Image.Image:
     if isinstance(source, (str, bytes, os.PathLike)):
         shown = printable(source if name is None else name)
     else:
         shown = printable("picture" if name is None else name)
     try:
         if not isinstance(source, (str, bytes, os.PathLike)):
-            return _decode(source)
+            return _decode(source, reduce)
         with _open_regular(source) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise OSError("empty file")
-            return _decode(file)
+            return _decode(file, reduce)
     except Image.UnidentifiedImageError:
         known = ", ".join(f for f in FORMATS if f != "MPO")
         raise DataError(f"{shown}: not a picture in one of the formats {known}") from None

@@ -8,14 +8,14 @@ depends on the batch size.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vqfast import _check, checkpoints
+from vqfast import checkpoints
 from vqfast.checkpoints import native
 from vqfast.engine import Engine
 from vqfast.engine.packing import PackedGPT, choose_precision, describe, load_packed
@@ -24,7 +24,7 @@ from vqfast.images import Image, to_pil
 from vqfast.models import conditioning as conditions
 from vqfast.models.gpt import GPT, GPTConfig
 from vqfast.models.vqgan import VQGAN
-from vqfast.ops.sample_logits import check_options
+from vqfast.sampling import Request, check_request, draw, model_grid
 
 __all__ = ["Pipeline"]
 
@@ -194,8 +194,7 @@ class Pipeline:
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the codes: the tokenizer's configured resolution over its factor."""
-        side = self.tokenizer.config.resolution // self.tokenizer.config.factor
-        return side, side
+        return model_grid(self.tokenizer)
 
     def sample(
         self, classes: Any = None, n: int | None = None, **options: Any
@@ -229,15 +228,26 @@ class Pipeline:
             seed: 0..2⁶⁴ - 1. Image i depends on (seed, i) and its condition alone.
             temperature, top_k, top_p: as `vqfast.sample_logits`.
             cfg_scale: classifier-free guidance, 1 is off; needs a model with a null class.
-            size: None, or the (H, W) or side that the model was trained for.
-            batch_size: images drawn side by side; it changes no result.
+            cfg_interval: (begin, end), the positions 0..h·w - 1 of the codes of an image in which
+                guidance acts, half-open; None is all. A position outside costs no guidance.
+            size: (H, W) or side in pixels, multiples of the tokenizer's factor and at least what
+                the model was trained for; None is that. Each code of a larger picture is drawn in a
+                sliding window of the trained size.
+            window_rule: where a window stands around its code: "make_samples", or "scene", a code
+                further down and right. They draw different pictures.
+            batch_size: sequences drawn side by side, one for an image or, in a larger picture, for
+                each row of codes in flight: ceil(W / trained width). It changes no result.
             precision: of the transformer's weights: "fp32", "bf16", "int8" or "int4"; "auto" is
                 "fp32", or the one that they are packed in.
             cond: [m, Tc] int64 condition tokens, from `conditioning.encode`, for models that are
-                conditioned on a picture; image i gets cond[i % m].
+                conditioned on a picture, of `size` too; image i gets cond[i % m].
             prefix: [m, k] int64, the first k codes of an image, which are kept; image i gets
                 prefix[i % m].
             first: number of the first image; the request is images first..first + n - 1.
+            on_step: called with a `vqfast.engine.Step` after every token of a batch (in windows:
+                after a token of every row in flight): numbers of its images, steps done and in all,
+                and a copy of its codes [b, h, w], -1 where none is drawn yet. What it raises comes
+                out here; the pipeline can be used again.
 
         Returns:
             [n, h, w] int64.
@@ -246,67 +256,20 @@ class Pipeline:
             TypeError, ValueError: an argument is wrong or does not suit the model.
             NonFiniteError: the transformer's logits are not finite; names sample and position.
         """
-        h, w = self.grid
-        batches = list(self.iter_codes(classes, n, **options))
-        return torch.cat(batches) if batches else torch.empty(0, h, w, dtype=torch.int64)
+        request = self._request(classes, n, options)
+        batches = list(draw(request, self._engine_for))
+        return torch.cat(batches) if batches else torch.empty(0, *request.grid, dtype=torch.int64)
 
     def iter_codes(
-        self,
-        classes: Any = None,
-        n: int | None = None,
-        *,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cfg_scale: float = 1.0,
-        size: int | Sequence[int] | None = None,
-        batch_size: int = 8,
-        precision: str = "auto",
-        cond: Tensor | None = None,
-        prefix: Tensor | None = None,
-        first: int = 0,
+        self, classes: Any = None, n: int | None = None, **options: Any
     ) -> Iterator[Tensor]:
         """`sample_codes`, a batch [b, h, w] at a time. Arguments are checked before the first."""
-        self._check_size(size)
-        choose_precision(self.transformer, precision)
-        batch_size = _check.integer("batch_size", batch_size, low=1)
-        first = _check.integer("first", first, low=0, high=2**62)
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        check_options(**options)
-        conditions_of = self._conditions(classes, cond)
-        if n is None:
-            n = len(conditions_of) if classes is not None or cond is not None else 1
-        n = _check.integer("n", n, low=0)
-        start = self._prefix(prefix)
-        scale = _check.number("cfg_scale", cfg_scale)
-        null = self.conditioning.null(1) if scale != 1 else None
-        if scale != 1 and null is None:
-            raise ValueError(f"cfg_scale = {scale:g} needs a model with a null condition")
-        h, w = self.grid
-        k = start.shape[1]
+        return draw(self._request(classes, n, options), self._engine_for)
 
-        def draw() -> Iterator[Tensor]:
-            engine = self._engine_for(precision, min(batch_size, max(n, 1)))
-            for begin in range(first, first + n, batch_size):
-                i = torch.arange(begin, min(begin + batch_size, first + n))
-                known = start[i % len(start)]  # [b, k]
-                tokens = torch.cat([conditions_of[i % len(conditions_of)], known], dim=1)
-                uncond = None
-                if null is not None:
-                    uncond = torch.cat([null.expand(len(i), -1), known], dim=1).to(self.device)
-                drawn = engine.generate(
-                    tokens.to(self.device),
-                    h * w - k,
-                    cfg_scale=scale,
-                    uncond=uncond,
-                    sample_index=i,
-                    position=k,
-                    **options,
-                )
-                yield torch.cat([known, drawn.cpu()], dim=1).view(-1, h, w)
-
-        return draw()
+    def _request(self, classes: Any, n: int | None, options: Mapping[str, Any]) -> Request:
+        request = check_request(self.tokenizer, self.conditioning, classes, n, **options)
+        choose_precision(self.transformer, request.precision)
+        return request
 
     @torch.no_grad()
     def _picture(self, codes: Tensor) -> Image.Image:
@@ -322,52 +285,6 @@ class Pipeline:
             codes = codes.masked_fill(strange, 0)
         x = self.tokenizer.decode(codes[None].to(self.device))
         return to_pil(self.tokenizer.to_rgb(x)[0])
-
-    def _check_size(self, size: int | Sequence[int] | None) -> None:
-        side = self.tokenizer.config.resolution
-        given = (size, size) if isinstance(size, int) else size
-        if given is not None and tuple(given) != (side, side):
-            raise ValueError(
-                f"size must be {side}x{side}, as the model was trained, got "
-                f"{'x'.join(map(str, given))}: other sizes need sliding windows, which are not "
-                "available yet"
-            )
-
-    def _conditions(self, classes: Any, cond: Tensor | None) -> Tensor:
-        """[m, Tc] int64 on the CPU; image i takes row i % m."""
-        kind = self.conditioning.kind
-        if kind != "class" and classes is not None:
-            raise ValueError(f"classes must be None: this model is conditioned on {kind!r}")
-        if cond is not None:
-            if classes is not None:
-                raise ValueError("classes and cond exclude one another")
-            _check.integer_tensor("cond", cond)
-            _check.ndim("cond", cond, 2)
-            if not len(cond):
-                raise ValueError("cond must hold at least one row, got 0")
-            return cond.cpu().long()
-        if kind == "class":
-            ids = range(self.conditioning.n_classes) if classes is None else classes
-            if isinstance(ids, (int, str)):
-                ids = [ids]
-            tokens = self.conditioning.encode(ids if isinstance(ids, Tensor) else list(ids)).cpu()
-            if not len(tokens):
-                raise ValueError("classes must hold at least one class, got none")
-            return tokens
-        if kind == "sos":
-            return self.conditioning.encode(1)
-        raise ValueError(f"cond must be given: this model is conditioned on {kind!r}")
-
-    def _prefix(self, prefix: Tensor | None) -> Tensor:
-        """[m, k] int64 on the CPU; k = 0 without one."""
-        if prefix is None:
-            return torch.empty(1, 0, dtype=torch.int64)
-        h, w = self.grid
-        _check.integer_tensor("prefix", prefix)
-        _check.ndim("prefix", prefix, 2)
-        if not len(prefix) or prefix.shape[1] > h * w:
-            raise ValueError(f"prefix must be [m >= 1, k <= {h * w}], got {list(prefix.shape)}")
-        return prefix.cpu().long()
 
     def _engine_for(self, precision: str, batch: int) -> Engine:
         """The last engine, if it has this precision, room for the batch and the present weights."""

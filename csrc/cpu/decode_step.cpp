@@ -66,11 +66,11 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
     squares = fma(c, c, squares);
   }
   const float variance = reduce_add(squares) / static_cast<float>(E);
-  const float deviation = std::sqrt(variance + 1e-5f);
-  for (int64_t i = 0; i < E; ++i) y[i] = (x[i] - mean) / deviation * weight[i] + bias[i];
+  const float inverse = 1.0f / std::sqrt(variance + 1e-5f);
+  for (int64_t i = 0; i < E; ++i) y[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
 
-// ---- what becomes of the sums of a matrix product, 16 at a time
+// ---- what becomes of the sums of a matrix product, 64 at a time
 void put(const float* v, const float*, float* y, int count) {
   for (int i = 0; i < count; ++i) y[i] = v[i];
 }
@@ -81,7 +81,13 @@ void add_biased(const float* v, const float* bias, float* y, int count) {
   for (int i = 0; i < count; ++i) y[i] = y[i] + v[i] + bias[i];
 }
 void put_gelu(const float* v, const float* bias, float* y, int count) {
-  for (int i = 0; i < count; i += kLanes) {
+  int i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {  // independent, as one alone is a long chain
+#pragma GCC unroll 4
+    for (int j = i; j < i + 4 * kLanes; j += kLanes)
+      store(y + j, gelu(load(v + j) + load(bias + j)));
+  }
+  for (; i < count; i += kLanes) {
     const int rest = count - i < kLanes ? count - i : kLanes;
     store_n(y + i, gelu(load_n(v + i, rest) + load_n(bias + i, rest)), rest);
   }

@@ -7,6 +7,7 @@ the verbs are loaded when they are used, so that `--help` does not wait for torc
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with _stoppable():
         try:
-            code = _run(sys.argv[1:] if argv is None else list(argv))
+            code = _run(sys.argv[1:], own=True) if argv is None else _run(list(argv))
         except KeyboardInterrupt:
             code = _say("interrupted", 130)
         except _Terminated:
@@ -48,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _flushed(code)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], own: bool = False) -> int:
     try:
         args = parse(argv)
-        report = importlib.import_module(f"vqfast.cli.{args.module}").run(args)
+        with _imports_are_no_garbage() if own else contextlib.nullcontext():
+            verb = importlib.import_module(f"vqfast.cli.{args.module}")
+        report = verb.run(args)
         _write(report, bool(getattr(args, "json", False)))
     except SystemExit as leave:  # --help, --version, and argparse's own complaints
         return leave.code if isinstance(leave.code, int) else 2
@@ -68,6 +71,24 @@ def _run(argv: list[str]) -> int:
     except Exception as error:  # the last line of defence: a user gets one line, never a traceback
         return _failed(error)
     return report.code
+
+
+@contextlib.contextmanager
+def _imports_are_no_garbage() -> Iterator[None]:
+    """Keeps the garbage collector from what is loaded, now and for good; for a process of ours.
+
+    Importing torch makes a million objects that stay. Searching them for garbage, while they are
+    made and once more when the process ends, is 0.7 of 1.85 s of CPU time (Xeon, torch 2.14,
+    2026-11-25).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def _failed(error: Exception) -> int:

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from vqfast import _files
 
-__all__ = ["number_width", "picture_folder", "refuse_existing"]
+__all__ = ["REQUEST", "number_width", "picture_folder", "refuse_existing"]
+
+REQUEST = "vqfast-request.json"  # lies in a folder of samples while it is unfinished
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> Path:
     """The path, if it is free: absent, an empty folder, or `overwrite`. Else FileExistsError."""
     path = Path(path)
     if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already")
+        more = " and holds an unfinished run, which --resume continues"
+        raise FileExistsError(f"{path} exists already{more if (path / REQUEST).is_file() else ''}")
     return path
 
 
@@ -30,7 +33,9 @@ def picture_folder(path: str | Path, overwrite: bool) -> Iterator[Path]:
     """
     path = refuse_existing(path, overwrite)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        other = [p for p in path.iterdir() if p.suffix != ".png"] if path.is_dir() else [path]
+        other = [path]
+        if path.is_dir():
+            other = [p for p in path.iterdir() if p.suffix != ".png" and p.name != REQUEST]
         if other:
             raise PermissionError(
                 f"{path} holds more than PNG files ({other[0].name}); it is not replaced"

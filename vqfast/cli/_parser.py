@@ -13,6 +13,7 @@ __all__ = ["Report", "UsageError", "parse"]
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 _PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
+_WINDOW_RULES = ("make_samples", "scene")
 _TRAIN_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -161,6 +162,26 @@ def _classes(text: str) -> list[int | str]:
     return [int(item) if re.fullmatch(r"[+-]?\d+", item) else item for item in items]
 
 
+def _interval(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{0,12}):(\d{0,12})", text)
+    if not match or text == ":":
+        raise argparse.ArgumentTypeError(f"must be BEGIN:END, BEGIN: or :END, got {text!r}")
+    begin, end = int(match[1] or 0), int(match[2] or 10**12)
+    if begin > end:
+        raise argparse.ArgumentTypeError(f"must begin before it ends, got {text!r}")
+    return begin, end
+
+
+def _keep(text: str) -> int | float:
+    """Rows as an int, a share as a float."""
+    if re.fullmatch(r"\d{1,9}", text):
+        return int(text)
+    value = _number(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be rows, or a share in 0.0..1.0, got {text!r}")
+    return value
+
+
 def _weights(text: str) -> tuple[str, str]:
     kind, sign, path = text.partition("=")
     if not sign or kind not in ("vgg", "alex", "squeeze", "inception") or not path:
@@ -202,12 +223,24 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add("-t", "--temperature", type=_temperature, default=1.0, metavar="T", help="0: likeliest (1)")
     add("-p", "--top-p", type=_top_p, metavar="P", help="draw from the likeliest P of the mass")
     add("--cfg-scale", type=_number, default=1.0, metavar="S", help="guidance; 1 is none (1)")
+    where = "guide these codes of an image alone, counted row by row from 0; END is not guided"
+    add("--cfg-interval", type=_interval, metavar="BEGIN:END", help=where)
+    add("--complete", nargs="+", metavar="IMAGE", help="keep the top of pictures, draw the rest")
+    kept = "top rows of codes that --complete keeps, or their share as 0.5 or 50%% (0.5)"
+    add("--keep", type=_keep, metavar="ROWS", help=kept)
+    about = "pictures that condition the model (depths: grey; labels: grey level or palette number)"
+    add("--cond", nargs="+", metavar="IMAGE", help=about)
     add("--seed", type=_at_least(0, 2**64 - 1), default=0, help="image i depends on (seed, i) (0)")
-    _Flags(parser, ["size"])
+    large = "HxW or one side; above the model's own, codes are drawn in sliding windows"
+    add("--size", type=_size, metavar="HxW", help=large)
+    rule = "where a window stands around its code; scene: a code further down and right"
+    add("--window-rule", choices=_WINDOW_RULES, default="make_samples", help=rule)
     add("--precision", choices=_PRECISIONS, default="auto", help="of the transformer (as stored)")
     _Flags(parser, ["device"])
     add("--out", metavar="DIR", help="one PNG per image (default: samples, unless --grid)")
     add("--grid", metavar="FILE.png", help="all images on one sheet")
+    add("--resume", action="store_true", help="draw what an interrupted run left in --out")
+    add("--progress", action="store_true", help="rates and time left, also without a terminal")
     _Flags(parser, ["overwrite", "json"])
 
 

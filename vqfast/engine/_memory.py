@@ -4,6 +4,7 @@ With pages of 4 KiB a CPU spends a tenth of a decoding step on finding them; Lin
 MiB to memory that asks for them before it is first written.
 """
 
+import contextlib
 import mmap
 
 import torch
@@ -17,8 +18,6 @@ def empty_bytes(n: int, device: torch.device) -> Tensor:
     if device.type != "cpu" or n < _WORTH_IT or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n, dtype=torch.uint8, device=device)
     memory = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel that was built without them
-        pass
     return torch.frombuffer(memory, dtype=torch.uint8)  # keeps the map alive

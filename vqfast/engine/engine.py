@@ -5,11 +5,16 @@ One native call per token for the whole network (`decode_step`), one for the dra
 function of (seed, sample index, condition) alone, bit for bit on one backend and precision.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vqfast import _check
+from vqfast.engine.guidance import Guidance, guidance
 from vqfast.engine.packing import BITS, PackedGPT, choose_precision
+from vqfast.engine.step import OnStep, Step, check_on_step
 from vqfast.models.gpt import GPT
 from vqfast.ops import decode_step, sample_logits
 from vqfast.ops.decode_step import empty_cache
@@ -74,7 +79,8 @@ class Engine:
             raise ValueError(
                 f"tokens must be [1..{self.batch}, 1..{self.capacity}], got {list(tokens.shape)}"
             )
-        return self._start(tokens)
+        self._start(B)
+        return self._feed(tokens, T)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class Engine:
         _check.shape("tokens", tokens, (self._rows,), "as in the last prefill")
         if self._length == self.capacity:
             raise ValueError(f"the cache is full: its capacity is {self.capacity} tokens")
-        return self._advance(tokens[:, None])
+        return self._feed(tokens[:, None], self._length + 1)
 
     @torch.no_grad()
     def generate(
@@ -109,9 +115,11 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         cfg_scale: float = 1.0,
+        cfg_interval: Sequence[int] | None = None,
         uncond: Tensor | None = None,
         sample_index: int | Tensor = 0,
         position: int = 0,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Draw n tokens after each condition.
 
@@ -120,10 +128,14 @@ class Engine:
             n: >= 0; Tc + n - 1 <= capacity, as the last token is not fed.
             seed, temperature, top_k, top_p: as in `sample_logits`.
             cfg_scale: s of the guided logits u + s·(c - u); 1 is off.
+            cfg_interval: (begin, end), the positions in which guidance acts, half-open and counted
+                as `position` is; None is all. Elsewhere the logits are c, and u costs nothing.
             uncond: like cond, the tokens that u is conditioned on; needed if cfg_scale is not 1.
             sample_index: of row 0, the others follow; or [b] integers. Row i is a function of
                 (seed, sample_index of i, cond[i]) alone.
             position: of the first new token among the tokens of its image, for the draw.
+            on_step: called after every token with a `Step`; its codes are [b, n]. What it raises
+                ends the generation and leaves the engine fit for the next.
 
         Returns:
             [b, n] int64.
@@ -141,27 +153,59 @@ class Engine:
             raise ValueError(
                 f"n = {n} tokens after {Tc} do not fit: the capacity is {self.capacity}"
             )
-        scale = _check.number("cfg_scale", cfg_scale)
+        guide = guidance(cfg_scale, cfg_interval)
         index = self._indices(sample_index, b)
-        start = cond
-        if scale != 1:
+        if guide.scale != 1:
             if uncond is None:
-                raise ValueError(f"cfg_scale = {scale:g} needs a null condition, there is none")
+                raise ValueError(
+                    f"cfg_scale = {guide.scale:g} needs a null condition, there is none"
+                )
             self._check_tokens("uncond", uncond, 2)
             _check.shape("uncond", uncond, cond.shape, "like cond")
-            start = torch.cat([cond, uncond])
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         check_options(**options)
-        out = torch.empty(b, n, dtype=torch.int64, device=self.device)
-        fed = start
-        for t in range(n if b else 0):
-            logits = self._advance(fed) if t else self._start(fed)
-            if scale != 1:
-                logits = logits[b:] + scale * (logits[:b] - logits[b:])
-            out[:, t] = sample_logits(logits, sample_index=index, position=position + t, **options)
-            fed = out[:, t : t + 1].repeat(len(start) // b, 1)
-        self.reset()
+        check_on_step(on_step)
+        out = torch.full((b, n), -1, dtype=torch.int64, device=self.device)
+        if out.numel():
+            try:
+                self._loop(out, cond, uncond, guide, index, position, on_step, options)
+            finally:
+                self.reset()
         return out
+
+    def _loop(
+        self,
+        out: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        guide: Guidance,
+        index: Tensor,
+        position: int,
+        on_step: OnStep | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Token after token into `out` [b, n]; checked arguments of `generate`."""
+        b, n = out.shape
+        guided = [guide.acts_at(position + t) for t in range(n)]
+        self._start(b + b * any(guided))
+        images = tuple(index.tolist()) if on_step else ()
+        fed, behind = cond, uncond  # tokens that the cache has yet to take, with and without c
+        for t in range(n):
+            end = cond.shape[1] + t
+            if not guided[t]:
+                logits = self._feed(fed, end)
+            elif behind.shape == fed.shape:
+                logits = guide.mix(*self._feed(torch.cat([fed, behind]), end).split(b))
+            else:  # guidance begins: u takes what it has missed in few calls
+                logits = guide.mix(self._feed(fed, end), self._feed(behind, end, first_slot=b))
+            out[:, t] = sample_logits(logits, sample_index=index, position=position + t, **options)
+            fed = out[:, t : t + 1]
+            if guided[t]:
+                behind = fed
+            elif position + t < guide.begin:
+                behind = torch.cat([behind, fed], dim=1)
+            if on_step:
+                on_step(Step(images, t + 1, n, out.clone()))
 
     def _indices(self, sample_index: int | Tensor, b: int) -> Tensor:
         if isinstance(sample_index, Tensor):
@@ -189,31 +233,42 @@ class Engine:
         self._k_cache = self._v_cache = torch.empty(0)  # the old ones go first
         self._k_cache, self._v_cache = (empty_cache(shape, dtype, self.device) for _ in range(2))
 
-    def _start(self, tokens: Tensor) -> Tensor:
+    def _start(self, rows: int) -> None:
         """New sequences; guidance has twice as many rows as `batch`, and the cache grows once."""
-        if len(tokens) > self._k_cache.shape[1]:
-            self._allocate(len(tokens))
-        self._rows, self._length = len(tokens), 0
-        return self._advance(tokens)
+        if rows > self._k_cache.shape[1]:
+            self._allocate(rows)
+        self._rows, self._length = rows, 0
 
-    def _advance(self, tokens: Tensor) -> Tensor:
-        """Feed [rows, T] checked tokens, some positions of all rows per call -> [rows, V]."""
+    def _feed(self, tokens: Tensor, end: int, first_slot: int = 0) -> Tensor:
+        """Feed [rows, T] checked tokens, the last at position end - 1, to the slots from first_slot
+        on, some positions of all rows per call -> [rows, V].
+        """
         B, T = tokens.shape
         columns = max(1, _ROWS_PER_CALL // B)
+        slots = torch.arange(first_slot, first_slot + B, device=self.device)
         logits = torch.empty(0)
         for first in range(0, T, columns):
             part = tokens[:, first : first + columns]
-            t = part.shape[1]
-            at = torch.arange(self._length, self._length + t, device=self.device)
-            logits = decode_step(
-                part.t().reshape(-1).long().contiguous(),  # all rows of the last position come last
-                torch.arange(B, device=self.device).repeat(t),
+            t, begin = part.shape[1], end - T + first
+            at = torch.arange(begin, begin + t, device=self.device)
+            logits = self._call(
+                part.t().reshape(-1).long(),  # all rows of the last position come last
+                slots.repeat(t),
                 at.repeat_interleave(B),
-                self._k_cache,
-                self._v_cache,
-                self._packed,
-                bits=BITS[self.precision],
-                n_logits=B if first + columns >= T else 0,
+                B if first + columns >= T else 0,
             )
-            self._length += t
+        self._length = end
         return logits
+
+    def _call(self, tokens: Tensor, slots: Tensor, positions: Tensor, n_logits: int) -> Tensor:
+        """`decode_step` of checked rows of any sequences -> [n_logits, V]."""
+        return decode_step(
+            tokens.contiguous(),
+            slots.contiguous(),
+            positions.contiguous(),
+            self._k_cache,
+            self._v_cache,
+            self._packed,
+            bits=BITS[self.precision],
+            n_logits=n_logits,
+        )
