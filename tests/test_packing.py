@@ -173,6 +173,14 @@ def test_a_stored_precision_gives_the_codes_of_the_engine(pipe, tmp_path, precis
     assert same(tmp_path / "m", tmp_path / "again")
 
 
+def test_a_stored_model_draws_larger_pictures_too(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "m", precision="int4")
+    options = {"classes": [1], "seed": 2, "temperature": 2.0, "size": (16, 20)}
+    codes = Pipeline.from_pretrained(tmp_path / "m").sample_codes(**options)
+    assert codes.shape == (1, 8, 10)
+    assert torch.equal(codes, pipe.sample_codes(**options, precision="int4"))
+
+
 def test_the_file_holds_the_bytes_of_the_op_and_says_what_they_are(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "m", precision="int8")
     config, tensors = stored(tmp_path / "m")
