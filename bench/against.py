@@ -16,6 +16,7 @@ from typing import Any
 import micro
 from report import ROOT, Row, rows_of
 
+from vqfast import _dispatch
 from vqfast.testing.timing import Times, summary
 
 _CHILD = Path(__file__).resolve().parent / "child.py"
@@ -95,7 +96,7 @@ def run(
         for measure, case, dtype in micro.chosen(options):
             inputs = measure.inputs(case, micro.DTYPES[dtype], options.device)
             for backend in micro.backends(measure, inputs, options.backend):
-                if measure.name == "quantize" or not gate.passes(measure.op, backend):
+                if measure.name not in _dispatch.OPS or not gate.passes(measure.op, backend):
                     continue
                 say(f"timing {measure.name} {case.id} {dtype} {backend}")
                 spec = {

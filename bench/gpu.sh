@@ -126,7 +126,8 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 unset VQFAST_POISON # no filling inside timed calls
 stage micro 600 "$PYTHON" bench/gpu_micro.py --time --json "$OUT/micro.json"
-for op in nearest quantize code_stats causal_attention decode_attention group_norm_silu cross_entropy sample_logits; do
+for op in nearest nearest_quantize quantize code_stats causal_attention decode_attention group_norm_silu cross_entropy \
+  sample_logits; do
   measure micro "$op" 600
 done
 measure model "" 600

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import baselines
 import exactness
 import memory
+import prepare
 import roofline
 import torch
 from report import Row, rows_of
@@ -26,12 +27,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Measure(NamedTuple):
-    """A thing to time: a raw op, or forward and backward of the public `quantize`."""
+    """A thing to time: a raw op, forward and backward of the public `quantize`, or the preparation
+    of a search.
+    """
 
     name: str
     op: str  # whose file, cases and checks
     inputs: Callable[[Case, torch.dtype, str], tuple]
     cost: Callable[[Case], tuple[float, float]] | None
+    remark: Callable[[Row], str] = lambda row: ""  # what the table says beside a row
 
 
 class Options(NamedTuple):
@@ -65,6 +69,9 @@ def measures(op: str | None) -> list[Measure]:
             found.append(Measure(raw, name, inputs, cost))
         if name == "quantize":
             found.append(Measure("quantize", "quantize", _quantize_inputs, _quantize_cost))
+        if name == "nearest":
+            made = Measure(prepare.NAME, "nearest", prepare.inputs, None, prepare.remark)
+            found.append(made)
     return found
 
 
@@ -109,9 +116,12 @@ def runner(measure: Measure, backend: str, inputs: tuple) -> Callable[[], Any]:
 
 def backends(measure: Measure, inputs: tuple, wanted: str | None) -> list[str]:
     """Those that can run these inputs; the reference only if it is asked for or alone."""
-    op = _dispatch.OPS["nearest" if measure.name == "quantize" else measure.name]
-    args = (*inputs[:2], 0) if measure.name == "quantize" else inputs
-    able = [name for name, reason in op.explain(*args).items() if reason is None]
+    if measure.name == prepare.NAME:
+        able = prepare.backends(inputs)
+    else:
+        op = _dispatch.OPS["nearest" if measure.name == "quantize" else measure.name]
+        args = (*inputs[:2], 0) if measure.name == "quantize" else inputs
+        able = [name for name, reason in op.explain(*args).items() if reason is None]
     if wanted is not None:
         return [wanted] if wanted in able else []
     return [name for name in able if name != "reference"] or able
@@ -133,7 +143,8 @@ class Gate:
         """
         if not self._enabled or backend == "reference":
             return True
-        parts = ("nearest", "straight_through", "quantize") if op == "quantize" else (op,)
+        made_of = {"quantize": ("nearest", "nearest_quantize", "straight_through", "quantize")}
+        parts = made_of.get(op, (op,))
         rows = [row for part in parts for row in self._checks(part) if row.backend == backend]
         bad = [row for row in rows if not row.ok]
         if not bad and (rows or part):
@@ -165,6 +176,8 @@ def ours(measure: Measure, inputs: tuple, names: list[str]) -> dict[str, Callabl
     A second way to call the search, as against a codebook that was prepared before the clock
     starts, is one more entry here. The opponents prepare theirs outside of the clock in any case.
     """
+    if measure.name == prepare.NAME:
+        return prepare.contestants(inputs)
     return {f"vqfast {name}": runner(measure, name, inputs) for name in names}
 
 
@@ -217,6 +230,7 @@ class Contest(NamedTuple):
         cost, ceiling = cost_of(measure, case, dtype), roofline.measure(self.device, DTYPES[dtype])
         key = (measure.name, case.id, dtype)
         rows = rows_of(*key, times, set(mine), cost, ceiling, notes)
+        rows = [r._replace(note="; ".join(filter(None, (r.note, measure.remark(r))))) for r in rows]
         if measure.name == "nearest":
             say(f"judging {case.id} {dtype}, and the memory of a call")
             misses, runs = self.misses(), {**mine, **peers}

@@ -89,9 +89,14 @@ std::vector<Scalar> read_scalars(const py::list& numbers) {
   return scalars;
 }
 
-void launch(const std::string& name, const py::list& tensors, const py::list& numbers, int threads) {
+KernelFn function_of(const std::string& name) {
   const KernelFn fn = find(name).fn[selected];
   if (!fn) throw std::invalid_argument(name + " has no kernel for " + isa_names[selected]);
+  return fn;
+}
+
+void launch(const std::string& name, const py::list& tensors, const py::list& numbers, int threads) {
+  const KernelFn fn = function_of(name);
   const auto views = read_views(tensors);
   const auto scalars = read_scalars(numbers);
   const Args args{views.data(), static_cast<int>(views.size()), scalars.data(),
@@ -142,6 +147,8 @@ RegisterKernel::RegisterKernel(const char* name, const char* signature, Isa isa,
 }
 
 RegisterRefusal::RegisterRefusal(const char* name, RefuseFn fn) { registry()[name].refuse = fn; }
+
+void run_kernel(const char* name, const Args& args) { function_of(name)(args); }
 
 bool has_avx512_bf16() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

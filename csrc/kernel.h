@@ -36,6 +36,10 @@ struct RegisterRefusal {
   RegisterRefusal(const char* name, RefuseFn fn);
 };
 
+// Runs another kernel, that of the instruction set in use: for a kernel that is made of others.
+// Inputs and outputs are as its signature has them. Throws std::invalid_argument if there is none.
+void run_kernel(const char* name, const Args& args);
+
 // The CPU has vdpbf16ps (not implied by any Isa); false under a forced `avx2` or `base`.
 bool has_avx512_bf16();
 

@@ -193,15 +193,20 @@ def _pack_rows(
 
 @triton.jit
 def pack(
-    z, codebook, peaks, rows, codes, slack, N, K, D, E, CODE_PROGRAMS, theta, delta, kappa,
+    z, codebook, peaks, rows, codes, slack, counts, N, K, D, E, CODE_PROGRAMS, theta, delta, kappa,
     METRIC: tl.constexpr, SPLIT: tl.constexpr, H: tl.constexpr, PEAKS: tl.constexpr,
     BLOCK_K: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
+    """COUNT: also sets counts [K] to zero, for the kernel that decides."""
     first = tl.program_id(0) * ROWS
     t = 4096.0
     if METRIC != 1:
         t = _power(tl.max(tl.load(peaks + tl.arange(0, PEAKS)), axis=0), H)
     if tl.program_id(0) < CODE_PROGRAMS:
+        if COUNT:
+            code = first + tl.arange(0, ROWS)
+            tl.store(counts + code, tl.zeros([ROWS], tl.int64), mask=code < K)
         _pack_codes(
             codebook, codes, slack, first, t, K, D, E, theta, delta, kappa,
             METRIC, SPLIT, H, BLOCK_K, ROWS, W, STEP,

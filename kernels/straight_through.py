@@ -6,55 +6,30 @@ Computes: z_q[n] = c_{idx_n},  partial[b] = Σ (c − z)² over the 64 rows of b
 Contract: all contiguous. An index outside of 0..K-1 reads nothing; its row of z_q is 0.
 Numerics: differences and squares in float64; every sum has an order fixed by N and D: no atomics.
     The gradient is three float32 operations, not fused.
-Shape of the code: a program owns 64 rows and walks them in tiles; what it adds stays in registers
-    until the end. One program adds the partial sums. Reads z and the codes once, writes z_q.
+Shape of the code: forward, a program owns 64 rows and walks them 8 at a time (kernels/_lookup.py);
+    one program adds the partial sums. Reads z and the codes once, writes z_q.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from vqfast.kernels._tuning import not_contiguous, not_floats, on_device, power_of_2
+from vqfast.kernels import _lookup
+from vqfast.kernels._tuning import not_contiguous, not_floats, on_device
 
-_ROWS = 64  # of a partial sum; BLOCK in vqfast/ops/straight_through.py
-_TILE = 2048  # values of a tile
 _FLAT = 4096  # values of a program of the backward pass
 
 
 @triton.jit
 def _forward(
     z, codebook, indices, z_q, partial, N, K, D,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    lane = tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    for begin in range(0, ROWS, BLOCK_N):
-        n = first + begin + lane  # [BLOCK_N] int64
+    total = tl.full([], 0.0, tl.float64)
+    for begin in range(0, ROWS, PART):
+        n = tl.program_id(0).to(tl.int64) * ROWS + begin + tl.arange(0, PART)
         code = tl.load(indices + n, mask=n < N, other=-1)
-        known = (code >= 0) & (code < K)
-        for left in range(0, D, BLOCK_D):
-            col = left + tl.arange(0, BLOCK_D)
-            real = (n < N)[:, None] & (col < D)[None, :]
-            c = tl.load(
-                codebook + code[:, None] * D + col[None, :], mask=real & known[:, None], other=0.0
-            )
-            x = tl.load(z + n[:, None] * D + col[None, :], mask=real, other=0.0)
-            tl.store(z_q + n[:, None] * D + col[None, :], c.to(z_q.dtype.element_ty), mask=real)
-            d = c.to(tl.float64) - x.to(tl.float64)
-            acc += d * d
-    total = tl.sum(tl.sum(acc, axis=1), axis=0)
+        total += _lookup.replace(z, codebook, z_q, n, code, N, K, D, PART, BLOCK_D)
     tl.store(partial + tl.program_id(0), total)
-
-
-@triton.jit
-def _merge(partial, loss, blocks, count, weight, BLOCK: tl.constexpr):
-    """loss = weight · Σ partial / count, by one program; 0 without blocks."""
-    acc = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, blocks, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        acc += tl.load(partial + at, mask=at < blocks, other=0.0)
-    mean = tl.sum(acc, axis=0) / count
-    tl.store(loss, (mean * weight).to(loss.dtype.element_ty))
 
 
 @triton.jit
@@ -88,16 +63,14 @@ def straight_through(
 ) -> None:  # fmt: skip
     """Writes z_q [N, D], loss [] and partial [ceil(N / 64)] float64."""
     (N, D), K = z.shape, codebook.shape[0]
-    block_d = power_of_2(D, 1, 256)
-    block_n = power_of_2(_TILE // block_d, 1, _ROWS)
     with on_device(z):
-        if N:
+        if N:  # with no bound of registers named ptxas spills to use fewer
             _forward[(partial.shape[0],)](
                 z, codebook, indices, z_q, partial, N, K, D,
-                ROWS=_ROWS, BLOCK_N=block_n, BLOCK_D=block_d,
-                num_warps=8 if block_n * block_d == _TILE else 4, enable_fp_fusion=False,
+                ROWS=_lookup.BLOCK, PART=_lookup.PART, BLOCK_D=_lookup.columns(D),
+                num_warps=_lookup.WARPS, maxnreg=128, enable_fp_fusion=False,
             )  # fmt: skip
-        _merge[(1,)](partial, loss, partial.shape[0], max(1, N * D), weight, BLOCK=1024)
+        _lookup.merge(partial, partial, loss, N * D, weight)
 
 
 def unsupported_straight_through_backward(

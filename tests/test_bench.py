@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vqfast
+from vqfast import _dispatch, _native
 from vqfast.testing import check
 from vqfast.testing.cases import cases
 from vqfast.testing.timing import summary
@@ -29,7 +30,10 @@ def test_every_opponent_is_found_by_its_file_and_says_what_it_measures(bench):
 
     files = {p.stem for p in (BENCH / "baselines").glob("*.py")} - {"__init__"}
     found = set()
-    for measure in ("nearest", "quantize", "causal_attention", "group_norm_silu", "sample_logits"):
+    for measure in (
+        "nearest", "nearest_prepare", "quantize", "causal_attention", "group_norm_silu",
+        "sample_logits",
+    ):  # fmt: skip
         present, absent = baselines.opponents(measure, "cpu")
         found |= set(present) | set(absent)
         assert {"torch_cdist", "chunked_addmm"} <= set(present) or measure != "nearest"
@@ -129,11 +133,11 @@ def test_opponents_of_the_other_ops_agree_with_the_references(bench):
     import baselines
     import micro
 
-    from vqfast import _dispatch
-
     for measure in micro.measures(None):
         # the opponents of the EMA count bad rows, too, and move averages of their own at every call
-        if measure.name in ("nearest", "quantize", "sample_logits", "ema_stats", "ema_update"):
+        if measure.name in ("nearest", "sample_logits", "ema_stats", "ema_update"):
+            continue
+        if measure.name not in _dispatch.OPS:  # quantize, and the preparation of a search
             continue
         case = cases(measure.op, "smoke")[0]
         inputs = measure.inputs(case, torch.float32, "cpu")
@@ -180,6 +184,41 @@ def test_table_has_ratios_and_hides_empty_columns(bench):
     assert "gaussian 0 %, taming 1.2 %" in text and "+MiB" in text and "3.2" in text
     line = report.record(rows, {"device": "x"}, {}, "passed")
     assert json.loads(json.dumps(line))["rows"][0]["ratios"]["peer"] == pytest.approx(3)
+
+
+@pytest.mark.skipif(_native.load() is None, reason="native library not built")
+def test_preparing_a_codebook_packs_each_code_once_and_has_a_row_of_its_own(bench, each_isa):
+    import micro
+    import prepare
+
+    (measure,) = (m for m in micro.measures("nearest") if m.name == "nearest_prepare")
+    for shape in (
+        {"N": 40, "K": 300, "D": 24},  # at 1,000 rows: integers, or float32
+        {"N": 40, "K": 5000, "D": 4},  # float32
+        {"N": 1100, "K": 8192, "D": 3},  # cells, and float32 for 1,000 of the rows
+    ):
+        case = cases("nearest", "smoke")[0]._replace(shape=shape)
+        z, codebook, metric = measure.inputs(case, torch.float32, "cpu")
+        assert len(z) == max(1000, shape["N"])
+        codebook[7], codebook[9] = codebook[3], codebook[2]
+        runs = prepare.contestants((z, codebook, metric))
+        assert len(runs) == (2 if len(z) > 1000 else 1)
+        assert {int(run()) for run in runs.values()} == {shape["K"] - 2}
+        codebook[0, 1] = float("nan")
+        assert {int(run()) for run in runs.values()} == {shape["K"] - 3}
+        # a few rows are searched without
+        few = prepare.contestants((z[:8], codebook, metric))
+        assert {int(run()) for run in few.values()} == {0}
+        contest = micro.Contest(measure, case, "fp32", "cpu", ["cpu"])
+        rows, _ = contest.rows(
+            micro.Options("nearest", None, None, ("fp32",), "cpu", 3, 0.1), print
+        )
+        ours, peer = [r for r in rows if r.ours], [r for r in rows if not r.ours]
+        assert [r.contestant for r in peer] == ["search_1000_rows"] and len(ours) == len(runs)
+        assert all("DEARER" in r.note or r.ratios["search_1000_rows"] >= 1 for r in ours)
+    row = ours[0]._replace(ratios={"search_1000_rows": 0.5})
+    assert prepare.remark(row) == "DEARER than search_1000_rows: 2.00 of it"
+    assert micro.backends(measure, tuple(x.to("meta") for x in (z, codebook)) + (0,), None) == []
 
 
 @pytest.mark.slow

@@ -53,6 +53,22 @@ def test_kernel_keeps_the_budget(raw, backend, case, maker, dtype, poison):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", (8, 64, 256, 300))
+def test_search_and_lookup_in_one_op_have_the_bits_of_two(D, dtype, poison):
+    g = torch.Generator().manual_seed(D)
+    z, codebook = torch.randn(1000, D, generator=g), torch.randn(2000, D, generator=g)
+    z[::97, 0] = float("nan")
+    z[5::31] *= 1e9 if dtype == torch.float32 else 1.0  # no certificate
+    z, codebook = z.to("cuda", dtype), codebook.to("cuda", dtype)
+    found = run("nearest_quantize", "triton", (z, codebook, z, codebook, 0, 1.25))
+    indices, scores = run("nearest", "triton", (z, codebook, 0))
+    lookup = run("straight_through", "triton", (z, codebook, indices, 1.25))
+    right = (indices, scores, *lookup, torch.bincount(indices, minlength=2000))
+    for a, b in zip(found, right, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def search_inputs():
     g = torch.Generator().manual_seed(0)
     return torch.randn(300, 32, generator=g).cuda(), torch.randn(1025, 32, generator=g).cuda(), 0

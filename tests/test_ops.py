@@ -3,6 +3,7 @@ file."""
 
 import functools
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,29 @@ def test_a_fault_in_what_a_kernel_writes_in_place_is_found(monkeypatch, fault, s
     assert not ok and says in why
 
 
+@pytest.mark.skipif(not NATIVE, reason="native library not built")
+def test_scratch_comes_poisoned_after_the_outputs_and_is_no_result(monkeypatch, poison):
+    op, inputs, seen = _dispatch.OPS["decode_step"], _step_inputs(), []
+    right = op._launcher("cpu")
+
+    def watched(*args):
+        seen.extend(args[len(inputs) :])
+        assert all(x.isnan().all() for x in seen)
+        right(*args)
+
+    monkeypatch.setattr(op, "_launcher", lambda name: watched)
+    logits, *written = results("decode_step", inputs)
+    assert len(seen) == 2 and seen[0] is not seen[1] and len(written) == 2
+    assert logits.data_ptr() == seen[0].data_ptr() and not logits.isnan().any()
+    assert seen[1].shape == op.scratch(*inputs)[0].shape
+    # a Triton kernel has its own, or none: that of the op is for the others
+    module = SimpleNamespace(scratch_decode_step=lambda *given: (given[0].new_empty(3),))
+    monkeypatch.setattr(op, "_triton", module)
+    assert op._scratch("triton", inputs)[0].shape == (3,)
+    monkeypatch.setattr(op, "_triton", SimpleNamespace())
+    assert op._scratch("triton", inputs) == ()
+
+
 @pytest.mark.parametrize(("raw", "sample", "case"), _all("smoke"))
 def test_equal_runs_and_thread_counts_give_equal_bits(raw, sample, case):
     inputs = sample(case, torch.float32, "cpu")
@@ -120,7 +144,7 @@ def test_equal_runs_and_thread_counts_give_equal_bits(raw, sample, case):
 @pytest.mark.parametrize(("raw", "sample", "case"), _all("smoke"))
 def test_opcheck(raw, sample, case, monkeypatch):
     op = getattr(torch.ops.vqfast, raw).default
-    # opcheck compares scratch and takes no NaN for equal: scratch starts from zero, caches are full
+    # opcheck takes no NaN for equal, so caches are full
     monkeypatch.setattr(_dispatch, "poison", Tensor.zero_)
     inputs = list(sample(case, torch.float32, "cpu"))
     for i in _dispatch.OPS[raw].writes:

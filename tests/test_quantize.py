@@ -1,5 +1,6 @@
 """`quantize`: values, gradients against plain torch in float64, graphs, compilation."""
 
+import importlib
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vqfast
+from vqfast import _dispatch
 from vqfast.testing import compare, tolerances
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -206,3 +208,24 @@ def test_a_bad_row_shows_in_the_loss():
 def test_wrong_options_name_what_came(options, kind, text):
     with pytest.raises(kind, match=text):
         vqfast.quantize(normal(1, 6, 4), normal(2, 5, 4), **options)
+
+
+@pytest.mark.parametrize("metric", ("l2", "cosine", "dot"))
+def test_rows_in_parts_give_the_bits_of_one_call(monkeypatch, each_backend, metric):
+    g = torch.Generator().manual_seed(3)
+    z, codebook = torch.randn(150, 6, generator=g), torch.randn(40, 6, generator=g)
+    z[5] = float("nan")
+    counted = importlib.import_module("vqfast.ops.quantize").counted
+    settings = {"beta": 0.3, "legacy": False, "metric": metric}
+    whole, counts = counted(z, codebook, **settings)
+    calls = []
+    search = importlib.import_module("vqfast.ops.nearest")
+    monkeypatch.setattr(search, "rows_of_a_call", lambda codebook: calls.append(1) or 64)
+    parts, counts_of_parts = counted(z, codebook, **settings)
+    assert calls
+    for a, b in zip((*whole, counts), (*parts, counts_of_parts), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()) and a.dtype == b.dtype
+    assert torch.equal(counts, torch.bincount(whole.indices, minlength=40))
+    with _dispatch.backend("reference"):
+        right = counted(z, codebook, **settings)[1]
+    assert torch.equal(counts, right)

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -85,14 +86,16 @@ def launches(monkeypatch, arch, op, *inputs):
         found.append((function, signature, constants, attributes, kwargs))
 
     module = importlib.import_module(f"vqfast.kernels.{op.removesuffix('_backward')}")
-    if hasattr(module, "hopper"):
-        monkeypatch.setattr(module, "hopper", lambda t: arch >= 90)
+    for name, part in list(sys.modules.items()):
+        if name.startswith("vqfast.kernels.") and hasattr(part, "hopper"):
+            monkeypatch.setattr(part, "hopper", lambda t: arch >= 90)
     refuse = getattr(module, f"unsupported_{op}", None)
     assert refuse is None or refuse(*inputs) is None
     outs = _dispatch.OPS[op].outputs(*inputs)
     monkeypatch.setattr(JITFunction, "run", record)
     outs = (outs,) if isinstance(outs, torch.Tensor) else outs
-    scratch = getattr(module, f"scratch_{op}", lambda *inputs: ())(*inputs)
+    monkeypatch.setattr(_dispatch.OPS[op], "_triton", module)
+    scratch = _dispatch.OPS[op]._scratch("triton", inputs)
     getattr(module, op)(*inputs, *outs, *scratch)
     monkeypatch.undo()
     assert found, f"{op} launched nothing"
@@ -107,6 +110,7 @@ class Compiled:
         source = ASTSource(function, signature, constants, attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         self.name, self.ttir = function.__name__, kernel.asm["ttir"]
+        self.ttgir = kernel.asm["ttgir"]
         self.constants, self.options = constants, options
         self.shared = kernel.metadata.shared
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -145,6 +149,13 @@ class Compiled:
 
     def count(self, opcode):
         return sum(o.startswith(opcode) for o, _, _ in self.instructions())
+
+    def row_sums(self):
+        """Layouts of the [8, columns] tiles of float64 that are added up along their columns."""
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", self.ttgir, re.M))
+        sums = [t for t in self.ttgir.split('"tt.reduce"')[1:] if "addf" in t.split("}) : (")[0]]
+        tiles = [re.search(r"\}\) : \(tensor<(8x\d+)xf64, (#\w+)>\)", t) for t in sums]
+        return {(t[1], layouts[t[2]]) for t in tiles if t}
 
     def loop_around(self, opcode):
         """Opcodes of the shortest loop that holds one."""
@@ -245,6 +256,16 @@ def _nearest():
     yield "nearest", (meta(32768, 64), meta(16384, 64), 2)
 
 
+def _nearest_quantize():
+    for N, D, dtype, metric in (
+        (32768, 256, F32, 0), (32768, 8, F32, 0), (32768, 64, F16, 1), (256, 256, BF16, 0),
+        (300, 300, F32, 2),
+    ):  # fmt: skip
+        z, codes = meta(N, D, dtype=dtype), meta(16384, D)
+        x = meta(N, D) if metric == 1 else z
+        yield "nearest_quantize", (z, codes, x, codes, metric, 1.25)
+
+
 CASES = {
     "causal_attention": _causal_attention,
     "cross_entropy": _cross_entropy,
@@ -253,6 +274,7 @@ CASES = {
     "ema_update": _ema_update,
     "group_norm_silu": _group_norm_silu,
     "nearest": _nearest,
+    "nearest_quantize": _nearest_quantize,
     "quantize": _quantize,
     "sample_logits": _sample_logits,
     "straight_through": _straight_through,
@@ -295,7 +317,7 @@ def test_no_spills_and_shared_memory_that_fits(compiled, name, arch):
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_addressed_in_int64(compiled, name):
     for _, kernel in compiled(name, 90):
-        if kernel.name != "_merge":  # partial sums of one image each
+        if kernel.name != "_merge":  # partial sums of 8 rows or more each
             assert re.search(r"arith\.muli .*i64", kernel.ttir), f"{kernel.name}: no int64 product"
 
 
@@ -358,6 +380,21 @@ def test_packing_is_paid_once_a_code(compiled):
     (kernel,) = (k for (z, _, m), k in packs if z.shape[1] == 64 and z.dtype == F16 and not m)
     per_code = len(kernel.instructions()) * kernel.options["num_warps"] * 32
     assert per_code / kernel.constants["ROWS"] < 4700, kernel.report
+
+
+@pytest.mark.parametrize("arch", (80, 90))
+def test_the_loss_of_a_part_is_added_in_one_order_by_all_who_look_up(compiled, arch):
+    """A sum over threads depends on their layout: equal layouts, equal bits."""
+    sums = {}
+    for name, place in (("straight_through", 0), ("nearest_quantize", 2)):
+        for inputs, kernel in compiled(name, arch):
+            if kernel.name in ("_forward", "rescore", "score_all"):
+                x = inputs[place]
+                key = x.dtype, min(x.shape[1], 64), x.shape[1] % 16  # which vectorises loads
+                sums.setdefault(key, []).append((kernel.name, kernel.row_sums()))
+    assert {name for name, _ in sums[F32, 64, 0]} == {"_forward", "rescore", "score_all"}
+    for found in sums.values():
+        assert all(layout == found[0][1] and len(layout) == 1 for _, layout in found), found
 
 
 def test_spills_would_be_seen(monkeypatch):

@@ -1,67 +1,11 @@
-"""Triton kernels under the interpreter (no GPU) against the references in float64.
-
-TRITON_INTERPRET must be set before triton is imported and would stay set for later tests, so this
-file is a script too: a child runs the checks and prints a JSON line each, which the tests read.
-test_triton_nearest.py is the same for the search.
-"""
-
-import json
-import os
-import subprocess
-import sys
-import time
-import traceback
+"""Triton kernels under the interpreter (no GPU) against the references in float64; see
+interpreted.py. The search and what belongs to `quantize` are in files of their own."""
 
 import pytest
 import torch
+from interpreted import DTYPES, Checks, exact, normal, plain, rng, run
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter has no bfloat16 dots in triton 3.6
-CHECKS = {}
-
-
-def check(function):
-    """Registers a check, run in the child."""
-    CHECKS[function.__name__] = function
-    return function
-
-
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=rng(seed)).to(dtype)
-
-
-def run(op, *inputs):
-    """The op on the Triton kernel, on memory filled with NaN; inputs must not change."""
-    from vqfast import _dispatch, ops  # noqa: F401  (registers)
-
-    kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-    with _dispatch.backend("triton"):
-        out = _dispatch.OPS[op](*inputs)
-    for a, b in zip(inputs, kept, strict=True):
-        assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
-    return (out,) if isinstance(out, torch.Tensor) else out
-
-
-def exact(op, *inputs):
-    """The reference in float64."""
-    from vqfast import _dispatch, ops  # noqa: F401  (registers)
-
-    wide = [
-        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
-    ]
-    out = _dispatch.OPS[op].reference(*wide)
-    return (out,) if isinstance(out, torch.Tensor) else out
-
-
-def plain(op, *inputs):
-    """The reference, plain torch, in the dtype of the inputs."""
-    from vqfast import _dispatch, ops  # noqa: F401  (registers)
-
-    out = _dispatch.OPS[op].reference(*inputs)
-    return (out,) if isinstance(out, torch.Tensor) else out
+check = Checks(__file__)
 
 
 def within(op, inputs, factor, what):
@@ -319,43 +263,10 @@ def decode_attention_is_the_same_in_any_batch():
         )
 
 
-# ---- the two halves ------------------------------------------------------------------------------
-
-
-def child(checks):
-    torch.set_num_threads(1)
-    wanted = sys.argv[1:] or checks
-    for name in wanted:
-        begin = time.process_time()
-        try:
-            checks[name]()
-            error = None
-        except Exception:
-            error = traceback.format_exc()
-        seconds = time.process_time() - begin
-        print(json.dumps({"name": name, "error": error, "seconds": seconds}), flush=True)
-
-
-def outcomes(file):
-    """{check: None or its traceback} of a file like this one, run by a child."""
-    pytest.importorskip("triton")
-    env = dict(os.environ, TRITON_INTERPRET="1", VQFAST_POISON="1", OMP_NUM_THREADS="1")
-    env.pop("VQFAST_BACKEND", None)
-    done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line["name"]: line["error"] for line in lines}
-
-
-@pytest.fixture(scope="module")
-def results():
-    return outcomes(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(results, name):
-    assert results[name] is None, results[name]
+@pytest.mark.parametrize("name", check.functions)
+def test_interpreted(name):
+    check.passed(name)
 
 
 if __name__ == "__main__":
-    child(CHECKS)
+    check.run()

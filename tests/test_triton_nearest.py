@@ -1,24 +1,11 @@
-"""The Triton search under the interpreter: exact on hostile data, and its bounds pair by pair.
-
-A script like test_triton_interpret.py, whose harness it shares.
-"""
-
-import sys
-from pathlib import Path
+"""The Triton search under the interpreter: exact on hostile data, and its bounds pair by pair; see
+interpreted.py."""
 
 import pytest
 import torch
+from interpreted import Checks, normal, plain, rng, run
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_triton_interpret import child, normal, outcomes, plain, rng, run  # noqa: E402
-
-CHECKS = {}
-
-
-def check(function):
-    """Registers a check, run in the child."""
-    CHECKS[function.__name__] = function
-    return function
+check = Checks(__file__)
 
 
 def found_right(z, codebook, metric, what):
@@ -78,30 +65,32 @@ def nearest_is_exact_on_hard_data():
 
 
 def screened(z, codebook, metric):
-    """The module, its plan, and the scratch memory after a call."""
-    from vqfast.kernels import nearest as kernel
+    """The plan of a search and its scratch memory after a call."""
+    from vqfast.kernels import _nearest_launch as launch
 
-    scratch = kernel.scratch_nearest(z, codebook, metric)
+    scratch = launch.scratch(z, codebook)
     answer = torch.empty(len(z), dtype=torch.int64), torch.empty(len(z))
-    kernel.nearest(z, codebook, metric, *answer, *scratch)
-    return kernel, kernel._plan(z, codebook), scratch
+    launch.search(z, codebook, metric, *answer, scratch)
+    return launch.plan(z, codebook), scratch
 
 
 @check
 def nearest_certifies_ordinary_rows():
     """Without this the answers could come from the slow path alone, and be right."""
+    from vqfast.kernels._nearest_screen import NO_GROUP, SLOW_ROW
+
     for D, dtype, metric in (
         (4, torch.float32, 0), (9, torch.float32, 1), (12, torch.float32, 2),
         (24, torch.float16, 0), (24, torch.float16, 1), (64, torch.float32, 0),
         (300, torch.float16, 2),
     ):  # fmt: skip
         z, c = normal(1, 70, D, dtype=dtype), normal(2, 700, D, dtype=dtype)
-        kernel, plan, (_, _, _, packed, bounds, _) = screened(z, c, metric)
+        plan, (_, _, _, packed, bounds, _) = screened(z, c, metric)
         assert plan["splits"] > 1
-        none = kernel.NO_GROUP.value
+        none = NO_GROUP.value
         groups = torch.stack([(packed >> 21 * j) & none for j in range(3)])  # [3, splits, N]
         near = bounds[:, :, 0] <= bounds[:, :, 1].amin(0)  # splits that may hold the answer
-        certain = ~((packed == kernel.SLOW_ROW.value) & near).any(0)
+        certain = ~((packed == SLOW_ROW.value) & near).any(0)
         assert certain.sum() >= 65, f"{D} {dtype} {metric}: {int(certain.sum())} of 70"
         groups = torch.where(near, groups, none)
         answer = plain("nearest", z, c, metric)[0] // (plan["BLOCK_K"] // 8)
@@ -120,7 +109,7 @@ def nearest_bounds_hold_for_every_pair():
         spread = 10 ** (2 * torch.rand(300, 1, generator=rng(3)) - 1)
         z = (scale * normal(1, 60, D)).to(dtype)
         c = (scale * spread * normal(2, 300, D)).to(dtype)
-        _, plan, (rows, codes, slack, _, _, peaks) = screened(z, c, metric)
+        plan, (rows, codes, slack, _, _, peaks) = screened(z, c, metric)
         place = torch.arange(300)
         group, tile = plan["BLOCK_K"] // 8, place // plan["BLOCK_K"] * plan["BLOCK_K"]
         inside = place - tile
@@ -155,20 +144,20 @@ def nearest_bounds_hold_for_every_pair():
 
 @check
 def nearest_is_the_same_however_the_codes_are_split():
-    from vqfast.kernels import nearest as kernel
+    from vqfast.kernels import _nearest_launch as launch
 
-    actual, splits = kernel.processors, set()
+    actual, splits = launch.processors, set()
     for K, D, dtype in ((1600, 16, torch.float16), (1100, 8, torch.float32)):
         z, c = normal(1, 9, D, dtype=dtype), normal(2, K, D, dtype=dtype)
         c[K // 2 :] = c[: K - K // 2]  # ties far apart, in other splits or other tiles
         found = []
         for processors in (1, 3, 132):
-            kernel.processors = lambda t, n=processors: n
+            launch.processors = lambda t, n=processors: n
             found_right(z, c, processors % 3, f"{K} {D} {processors} processors")
             found.append(run("nearest", z, c, 0))
-            splits.add(kernel._plan(z, c)["splits"])
+            splits.add(launch.plan(z, c)["splits"])
         assert all(torch.equal(a, b) for f in found for a, b in zip(f, found[0], strict=True))
-    kernel.processors = actual
+    launch.processors = actual
     assert len(splits) >= 3, splits
 
 
@@ -200,15 +189,10 @@ def nearest_keeps_what_is_not_finite_apart():
             found_right(z, c * float("nan"), metric, "no code is finite")
 
 
-@pytest.fixture(scope="module")
-def results():
-    return outcomes(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(results, name):
-    assert results[name] is None, results[name]
+@pytest.mark.parametrize("name", check.functions)
+def test_interpreted(name):
+    check.passed(name)
 
 
 if __name__ == "__main__":
-    child(CHECKS)
+    check.run()

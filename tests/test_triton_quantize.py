@@ -1,43 +1,17 @@
-"""The Triton kernels around `quantize` and the EMA codebook, under the interpreter (no GPU).
-
-As tests/test_triton_interpret.py: TRITON_INTERPRET must be set before triton is imported, so a
-child, this very file, runs the checks and prints a JSON line each.
-"""
-
-import json
-import os
-import subprocess
-import sys
-import traceback
+"""The Triton kernels around `quantize` and the EMA codebook, under the interpreter (no GPU); see
+interpreted.py."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from interpreted import DTYPES, Checks, normal, rng, run
 
-CHECKS = {}
+check = Checks(__file__)
 KINDS = ((torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32))
 SPREADS = {
     "few codes": (130, 3, 7), "many codes": (20, 61, 17), "wide": (70, 9, 300), "one": (1, 1, 1),
     "no rows": (0, 5, 3),
 }  # fmt: skip
-
-
-def check(function):
-    """Registers a check, run in the child."""
-    CHECKS[function.__name__] = function
-    return function
-
-
-def normal(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def run(op, *inputs):
-    """Outputs of the Triton kernel, on memory filled with NaN, and the inputs that it writes."""
-    from vqfast import _dispatch, ops  # noqa: F401  (registers)
-    from vqfast.testing.check import results
-
-    with _dispatch.backend("triton"):
-        return results(op, inputs)
 
 
 def within(what, op, *inputs):
@@ -57,7 +31,7 @@ def each_spread():
     for what, (N, K, D) in SPREADS.items():
         for dtype, codes_dtype in KINDS:
             codebook = normal(K + D, K, D, dtype=codes_dtype)
-            indices = torch.randint(K, (N,), generator=torch.Generator().manual_seed(2))
+            indices = torch.randint(K, (N,), generator=rng(2))
             indices[: N // 2] = K // 2
             z = (codebook[indices] + 0.3 * normal(N + D, N, D)).to(dtype)
             yield f"{what} {dtype} {codes_dtype}", z, codebook, indices
@@ -71,6 +45,79 @@ def straight_through():
         for upstream in (normal(3, *z.shape, dtype=z.dtype), None):
             inputs = (upstream, torch.tensor(1.7), z, codebook[indices], 0.25)
             within(what, "straight_through_backward", *inputs)
+
+
+def same_bits(found, right, what):
+    for i, (a, b) in enumerate(zip(found, right, strict=True)):
+        assert a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()), f"{what}: output {i}"
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{what}: output {i}"
+
+
+def search_then_lookup(z, codebook, x, codes, metric, weight):
+    """What `nearest_quantize` does in one op, by the ops that it is made of."""
+    found = run("nearest", z, codebook, metric)
+    counts = torch.bincount(found[0], minlength=len(codebook))
+    return *found, *run("straight_through", x, codes, found[0], weight), counts
+
+
+@check
+def search_and_lookup_in_one_op_have_the_bits_of_two():
+    for i, (N, K, D) in enumerate(((1, 1, 1), (70, 131, 4), (33, 300, 17), (9, 65, 70), (0, 5, 3))):
+        for j, dtype in enumerate(DTYPES):
+            metric = (i + j) % 3
+            z, codebook = normal(N, N, D, dtype=dtype), normal(K, K, D)
+            x, codes = z, codebook
+            if metric == 1:
+                x, codes = (F.normalize(t.float(), dim=-1) for t in (z, codebook))
+            inputs = (z, codebook, x, codes, metric, 1.25)
+            what = f"{N} {K} {D} {dtype} {metric}"
+            found = within(what, "nearest_quantize", *inputs)
+            same_bits(found, search_then_lookup(*inputs), what)
+            assert found[0].numel() == 0 or (found[2] == codes.to(x.dtype)[found[0]]).all()
+
+
+@check
+def rows_without_a_certificate_are_looked_up_too():
+    """All rows (equal codes), some in a part of 8, some beyond the first 16, bad rows and codes."""
+    from vqfast.kernels import _nearest_launch as launch
+    from vqfast.kernels._nearest_screen import SLOW_ROW
+
+    z, codebook = normal(1, 45, 5), normal(2, 300, 5)
+    one_code = codebook[:1].repeat(300, 1)
+    far = z.clone()
+    far[[3, 20, 21, 44]] *= 1e9
+    bad, worse = far.clone(), codebook.clone()
+    bad[9, 2], bad[40, 0], worse[::2, 1] = float("nan"), -float("inf"), float("inf")
+    for what, (rows, book, least, most) in {
+        "equal codes": (z, one_code, 45, 45), "far scales": (far, codebook, 4, 20),
+        "not finite": (bad, worse, 6, 20), "no code": (bad, codebook * float("nan"), 2, 45),
+    }.items():  # fmt: skip
+        memory = launch.scratch(rows, book)
+        launch.search(rows, book, 0, torch.empty(45, dtype=torch.int64), torch.empty(45), memory)
+        slow = (memory[3] == SLOW_ROW.value).any(0)
+        assert least <= slow.sum() <= most, f"{what}: {slow}"
+        inputs = (rows, book, rows, book, 0, 0.5)
+        same_bits(run("nearest_quantize", *inputs), search_then_lookup(*inputs), what)
+
+
+@check
+def quantize_is_one_op_forward():
+    import vqfast
+    from vqfast import _dispatch
+    from vqfast.ops import nearest
+
+    launched, launcher = [], _dispatch.Op._launcher
+    _dispatch.Op._launcher = lambda op, name: launched.append((op.name, name)) or launcher(op, name)
+    z, codebook = normal(1, 2, 9, 6), normal(2, 40, 6)
+    for metric in ("l2", "cosine", "dot"):
+        launched.clear()
+        with _dispatch.backend("triton"):
+            q = vqfast.quantize(z, codebook, metric=metric)
+        assert launched == [("nearest_quantize", "triton")], launched
+        right = nearest(z, codebook, metric=metric)
+        assert torch.equal(q.indices, right)
+        codes = F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
+        assert torch.equal(q.z_q, codes[right])
 
 
 @check
@@ -124,32 +171,10 @@ def averages_move_in_place():
                 assert all(torch.equal(a, b) for a, b in zip(moved, inputs[:3], strict=True))
 
 
-def _child():
-    torch.set_num_threads(1)
-    for name, function in CHECKS.items():
-        try:
-            function()
-            error = None
-        except Exception:
-            error = traceback.format_exc()
-        print(json.dumps({"name": name, "error": error}), flush=True)
-
-
-@pytest.fixture(scope="module")
-def results():
-    pytest.importorskip("triton")
-    env = dict(os.environ, TRITON_INTERPRET="1", VQFAST_POISON="1", OMP_NUM_THREADS="1")
-    env.pop("VQFAST_BACKEND", None)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line["name"]: line["error"] for line in lines}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(results, name):
-    assert results[name] is None, results[name]
+@pytest.mark.parametrize("name", check.functions)
+def test_interpreted(name):
+    check.passed(name)
 
 
 if __name__ == "__main__":
-    _child()
+    check.run()

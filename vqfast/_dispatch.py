@@ -2,9 +2,10 @@
 
 A file name is a registration. Op `nearest` finds its Triton kernel in `vqfast.kernels.nearest`, its
 C++ kernel in `_C` under the name "nearest", its CUDA kernel in `_C_cuda` as symbol
-`vqfast_nearest`. Backward ops (`X_backward`) live in the files of `X`. A Triton file may define
-`scratch_nearest(*inputs)`: empty tensors that the kernel takes after its outputs. Each candidate
-answers with a reason against itself or None; the first without a reason runs.
+`vqfast_nearest`. Backward ops (`X_backward`) live in the files of `X`. Each candidate answers with
+a reason against itself or None; the first without a reason runs. A kernel may need scratch memory,
+which is no output: tensors that it takes after those, made by a function of the inputs. That is
+`scratch_nearest` in a Triton file, and `Op(scratch=...)` for C++ and CUDA.
 """
 
 import contextlib
@@ -105,7 +106,8 @@ class Op:
             allocator and the place where tests poison memory.
         cuda_record: ledger line in bench/results that lets the CUDA kernel into the automatic
             choice.
-        scratch: how many of the last outputs are working memory of a kernel: no results.
+        scratch: same arguments; returns the empty working memory, a tuple, of the C++ and the CUDA
+            kernel. The Triton kernel has its own.
 
     `writes` are the places of the inputs that it mutates.
     """
@@ -117,7 +119,7 @@ class Op:
         reference: Callable,
         outputs: Callable,
         cuda_record: str | None = None,
-        scratch: int = 0,
+        scratch: Callable[..., tuple[Tensor, ...]] | None = None,
     ):
         self.name = schema.partition("(")[0]
         self.file = self.name.removesuffix("_backward")
@@ -146,16 +148,17 @@ class Op:
                 return self.reference(*inputs)
         outs = self.outputs(*inputs)
         each = (outs,) if isinstance(outs, Tensor) else tuple(outs or ())
-        scratch = self._beside(*inputs) if name == "triton" else ()
+        scratch = self._scratch(name, inputs)
         for t in (*each, *scratch):
             poison(t)
         self._launcher(name)(*inputs, *each, *scratch)
         return outs
 
-    def _beside(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """Memory that the Triton kernel needs beside its outputs and takes after them."""
-        make = getattr(self._triton, f"scratch_{self.name}", None)
-        return tuple(make(*inputs)) if make else ()
+    def _scratch(self, name: str, inputs: tuple) -> tuple[Tensor, ...]:
+        """The working memory that the kernel of a backend takes after its outputs."""
+        triton = name == "triton"
+        make = getattr(self._triton, f"scratch_{self.name}", None) if triton else self.scratch
+        return make(*inputs) if make else ()
 
     def choose(self, *inputs: Any) -> str:
         """The backend that these inputs get. BackendError when a forced one cannot run them."""

@@ -234,40 +234,55 @@ bool selective(const Book& book, const IntScreen& screen, const View& z) {
   return left.codes * 16 <= std::max<int64_t>(1024, seen * screen.count);
 }
 
-// false: these codes or rows are not for integers, and nothing was written
-bool search_int(Book& book, const View& z, int64_t first, int64_t count, int threads,
-                const Answer& out) {
+// Calls use(screen) when codes and rows are for integers. false: they are not, and nothing was
+// used.
+template <class F>
+bool with_integers(Book& book, const View& z, int64_t first, int64_t count, int threads, F&& use) {
   IntScreen screen;
   screen.pack(book, first, count, threads);
   if (!screen.fits() || !selective(book, screen, z)) return false;
-  search_run(book, screen, z, threads, out);
+  use(screen);
   return true;
 }
 #endif
 
-void search_float(Book& book, const View& z, int64_t first, int threads, const Answer& out) {
-  FloatScreen screen;
-  screen.begin(book, threads);
-  const int64_t run = FloatScreen::run_codes(book);
-  for (; first < book.K; first += run) {
-    screen.pack(book, first, std::min(run, book.K - first), threads);
-    search_run(book, screen, z, threads, out);
-  }
-}
-
-void search_cells(Book& book, const View& z, int threads, const Answer& out) {
-  CellScreen screen;
-  screen.build(book, threads);
-  if (screen.cells > 0) search_run(book, screen, z, threads, out);
-}
-
-// Cutting the codes into cells costs what other screens take for some 256 rows and halving. It
+// Cutting the codes into cells costs what other screens take for some 128 rows and halving. It
 // saves half of 8,192 rows at D 4 and K 16,384, two thirds at D 5 and K 65,536, nothing at D 8 and
 // K 262,144 (Zen 5, 2026-11-25).
 bool cells_pay(const Book& b, int64_t N) {
   const int halvings = std::ilogb(static_cast<double>(b.K)) - 5;
   const bool few_dimensions = b.D <= 4 || (b.D <= CellScreen::kMaxD && b.K >= 65536);
-  return few_dimensions && b.metric != kDot && b.K >= 2048 && N >= 256 * halvings;
+  return few_dimensions && b.metric != kDot && b.K >= 2048 && N >= 128 * halvings;
+}
+
+// Packs the codes for the rows of z, a run of codes after another; use(screen) after each.
+template <class F>
+void each_screen(Book& book, const View& z, int threads, F&& use) {
+  prepare_book(book);
+  if (cells_pay(book, z.shape[0])) {
+    CellScreen screen;
+    screen.build(book, threads);
+    if (screen.cells > 0) use(screen);
+    return;
+  }
+  int64_t first = 0;
+#ifdef VQFAST_INT_SCREEN
+  const int64_t run = IntScreen::run_codes(book);
+  while (int_pays(book.K, book.D) && first < book.K) {
+    const int64_t count = std::min(run, book.K - first);
+    if (!with_integers(book, z, first, count, threads, use)) break;
+    first += count;
+  }
+#endif
+  if (first == book.K) return;
+  FloatScreen screen;
+  screen.begin(book, threads);
+  while (first < book.K) {
+    const int64_t count = std::min(FloatScreen::run_codes(book), book.K - first);
+    screen.pack(book, first, count, threads);
+    use(screen);
+    first += count;
+  }
 }
 
 void run(const Args& args) {
@@ -281,18 +296,18 @@ void run(const Args& args) {
   Book book;
   open_book(codebook, static_cast<int>(args.s[0].i), args.threads, book);
   if (N <= kFewRows) return search_directly(book, z, args.threads, out);
-  prepare_book(book);
-  if (cells_pay(book, N)) return search_cells(book, z, args.threads, out);
-  int64_t first = 0;
-#ifdef VQFAST_INT_SCREEN
-  const int64_t run = IntScreen::run_codes(book);
-  while (int_pays(book.K, book.D) && first < book.K) {
-    const int64_t count = std::min(run, book.K - first);
-    if (!search_int(book, z, first, count, args.threads, out)) break;
-    first += count;
-  }
-#endif
-  if (first < book.K) search_float(book, z, first, args.threads, out);
+  each_screen(book, z, args.threads,
+              [&](const auto& screen) { search_run(book, screen, z, args.threads, out); });
+}
+
+// All that a search of z does before its first row: no op, benches time it. Gives the number of
+// codes that were packed, which leaves out repeated ones and those that are not finite.
+void run_prepare(const Args& args) {
+  const View &z = args.t[0], &codebook = args.t[1];
+  Book book;
+  open_book(codebook, static_cast<int>(args.s[0].i), args.threads, book);
+  if (z.shape[0] > kFewRows) each_screen(book, z, args.threads, [](const auto&) {});
+  *args.t[2].as<int64_t>() = std::count(book.skip.begin(), book.skip.end(), uint8_t{0});
 }
 
 #undef VQFAST_INT_SCREEN
@@ -300,5 +315,6 @@ void run(const Args& args) {
 }  // namespace
 
 KERNEL(nearest, "f32|f16|bf16 f32|f16|bf16 -> i64 f32", run)
+KERNEL(nearest_prepare, "f32|f16|bf16 f32|f16|bf16 -> i64", run_prepare)
 
 }  // namespace vqfast::VQFAST_ISA

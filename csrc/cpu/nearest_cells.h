@@ -104,6 +104,27 @@ struct CellScreen {
     divide(points, middle, end);
   }
 
+  // Brings the lower keys, which all differ, before `middle`. A swap without a branch: which keys
+  // are lower cannot be predicted.
+  static void select(uint64_t* keys, int64_t n, int64_t middle) {
+    int64_t begin = 0, end = n;
+    for (int round = 0; end - begin > kLanes && round < 64; ++round) {
+      const int64_t step = (end - begin) / 4;
+      const uint64_t x = keys[begin + step], y = keys[begin + 2 * step], w = keys[end - 1 - step];
+      // of three, so that at least one is lower
+      const uint64_t pivot = std::max(std::min(x, y), std::min(std::max(x, y), w));
+      int64_t lower = begin;
+      for (int64_t i = begin; i < end; ++i) {
+        const uint64_t key = keys[i];
+        keys[i] = keys[lower];
+        keys[lower] = key;
+        lower += key < pivot;
+      }
+      (middle < lower ? end : begin) = lower;
+    }
+    std::nth_element(keys + begin, keys + middle, keys + end);
+  }
+
   // halves a range at a whole number of cells; where it begins and ends itself if it is one cell
   int64_t split(Point* points, int64_t begin, int64_t end) const {
     const int64_t n = (end - begin + kCell - 1) / kCell, middle = begin + n / 2 * kCell;
@@ -118,8 +139,19 @@ struct CellScreen {
       }
       if (most - least > extent) extent = most - least, widest = d;
     }
-    std::nth_element(points + begin, points + middle, points + end,
-                     [=](const Point& x, const Point& y) { return x.b[widest] < y.b[widest]; });
+    // the coordinate, in an order of integers, and the place, so that no two keys are equal
+    std::vector<uint64_t> keys(end - begin);
+    for (int64_t i = begin; i < end; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, &points[i].b[widest], 4);
+      const uint32_t order = static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN));
+      keys[i - begin] = static_cast<uint64_t>(order) << 32 | static_cast<uint64_t>(i - begin);
+    }
+    select(keys.data(), end - begin, middle - begin);
+    std::vector<Point> moved;
+    moved.reserve(end - begin);
+    for (const uint64_t key : keys) moved.push_back(points[begin + static_cast<uint32_t>(key)]);
+    std::copy(moved.begin(), moved.end(), points + begin);
     return middle;
   }
 

@@ -48,6 +48,20 @@ def code_order(indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return _OP(indices.detach().contiguous(), K)
 
 
+def code_of_place(start: Tensor, N: int) -> Tensor:
+    """[N]: the code of the row at each place of the order, the last that starts at or before it."""
+    place = torch.arange(N, device=start.device)
+    return torch.searchsorted(start, place, right=True) - 1
+
+
+def add_rows(sums: Tensor, codes: Tensor, rows: Tensor) -> None:
+    """sums[codes[n]] += rows[n] in ascending n, in place; for the references."""
+    if sums.device.type == "cpu":
+        sums.index_add_(0, codes, rows)
+    else:  # index_add_ is not deterministic there; index_put_ sorts first
+        sums.index_put_((codes,), rows, accumulate=True)
+
+
 def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple[Tensor, int]:
     """Seeded inputs of the raw op; `case.shape`: N, K. Tag "skewed": most rows on one code."""
     N, K = case["N"], case["K"]

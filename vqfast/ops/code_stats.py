@@ -10,6 +10,7 @@ Cost: reads N·D values and N indices, writes K·D + K.
 Source: arXiv:1711.00937 appendix A.1 (the EMA statistics).
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from vqfast import _check
 from vqfast._dispatch import Op
+
+# the function of this name replaces the module as attribute of vqfast.ops
+_code_order = importlib.import_module("vqfast.ops.code_order")
 
 _VALUES = 1 << 21  # float64 values of z held at once by the reference
 
@@ -29,10 +33,7 @@ def _reference(indices: Tensor, z: Tensor, K: int) -> tuple[Tensor, Tensor]:
     rows = max(1, _VALUES // D)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        if z.device.type == "cpu":
-            sums.index_add_(0, indices[part], z[part].double())
-        else:  # index_add_ is not deterministic there; index_put_ sorts first
-            sums.index_put_((indices[part],), z[part].double(), accumulate=True)
+        _code_order.add_rows(sums, indices[part], z[part].double())
     return counts, sums.to(_sums_dtype(z))
 
 

@@ -29,6 +29,8 @@ Source: the decode loop of taming's mingpt.sample_with_past; arXiv:2301.12017 an
 (group-wise weights).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,9 +98,7 @@ def _reference(
     weights: Tensor,
     bits: int,
     n_logits: int,
-) -> tuple[Tensor, Tensor]:
-    inputs = (tokens, slots, positions, k_cache, v_cache, tok_emb, pos_emb, vectors, weights)
-    logits, scratch = _outputs(*inputs, bits, n_logits)
+) -> Tensor:
     L, _, H, _, d = k_cache.shape
     E, V = H * d, tok_emb.shape[0]
     shapes = matrices(L, E, V)
@@ -122,10 +122,10 @@ def _reference(
         v_cache[layer, slots, :, positions] = v.to(v_cache.dtype)
         h = h + linear(_attention(q, k_cache[layer], v_cache[layer], b, n)) + proj_bias
         h = h + linear(_gelu(linear(_layer_norm(h, w2, b2)) + fc_bias)) + out_bias
-    if n_logits:
-        last = vectors[L * VECTORS_PER_LAYER * E :]
-        logits.copy_(linear(_layer_norm(h[-n_logits:], last[:E], last[E:])))
-    return logits, scratch.zero_()  # not used here; so that equal calls give equal outputs
+    if not n_logits:
+        return tok_emb.new_empty(0, V)
+    last = vectors[L * VECTORS_PER_LAYER * E :]
+    return linear(_layer_norm(h[-n_logits:], last[:E], last[E:]))
 
 
 def _outputs(
@@ -140,24 +140,27 @@ def _outputs(
     weights: Tensor,
     bits: int,
     n_logits: int,
-) -> tuple[Tensor, Tensor]:
-    """Logits, and scratch of one row after another: h, normed, attended, the rounded of both [Kp of
-    E], hidden and its rounded [Kp of 4E], qkv [3E].
+) -> Tensor:
+    return tok_emb.new_empty(n_logits, tok_emb.shape[0])
+
+
+def _scratch(tokens: Tensor, *inputs: Any) -> tuple[Tensor]:
+    """One row after another: h, normed, attended, the rounded of both [Kp of E], hidden and its
+    rounded [Kp of 4E], qkv [3E].
     """
-    V, E = tok_emb.shape
+    E = inputs[4].shape[1]  # of tok_emb
     # 16 more, so that the same column of all rows does not fall into one set of the cache
     row = 4 * padded(E, COLUMNS) + 2 * padded(4 * E, COLUMNS) + 3 * E + 16
-    scratch = tok_emb.new_empty(tokens.shape[0], row)
-    return tok_emb.new_empty(n_logits, V), scratch
+    return (inputs[4].new_empty(tokens.shape[0], row),)
 
 
 _OP = Op(
     "decode_step(Tensor tokens, Tensor slots, Tensor positions, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor tok_emb, Tensor pos_emb, Tensor vectors, Tensor weights, int bits, "
-    "int n_logits) -> (Tensor, Tensor)",
+    "int n_logits) -> Tensor",
     reference=_reference,
     outputs=_outputs,
-    scratch=1,
+    scratch=_scratch,
 )
 
 
@@ -189,7 +192,7 @@ def decode_step(
     Returns:
         [n_logits, V] float32.
     """
-    return _OP(tokens, slots, positions, k_cache, v_cache, *packed, bits, n_logits)[0]
+    return _OP(tokens, slots, positions, k_cache, v_cache, *packed, bits, n_logits)
 
 
 def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

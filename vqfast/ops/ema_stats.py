@@ -27,18 +27,13 @@ def _reference(z: Tensor, order: Tensor, start: Tensor) -> Tensor:
     """z [N, D], order [N], start [K + 1] -> packed [K, D + 1]."""
     D, K = z.shape[1], len(start) - 1
     packed = torch.zeros(K, D + 1, dtype=torch.float64, device=z.device)
-    # row j of the order belongs to the last code that starts at or before j
-    place = torch.arange(len(order), device=z.device)
-    owner = torch.searchsorted(start, place, right=True) - 1  # [N]
+    owner = _code_order.code_of_place(start, len(order))  # [N]
     inside = (owner >= 0) & (owner < K)
     for rows in torch.arange(len(order), device=z.device)[inside].split(max(1, _VALUES // D)):
         x = z[order[rows]].double()  # [rows, D]
         healthy = x.isfinite().all(1)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)[healthy]  # [rows, D + 1]
-        if z.device.type == "cpu":
-            packed.index_add_(0, owner[rows][healthy], x)
-        else:  # index_add_ is not deterministic there; index_put_ sorts first
-            packed.index_put_((owner[rows][healthy],), x, accumulate=True)
+        _code_order.add_rows(packed, owner[rows][healthy], x)
     return packed.to(_packed_type(z))
 
 

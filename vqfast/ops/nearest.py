@@ -25,8 +25,10 @@ from vqfast._dispatch import Op
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 _PAIRS = 1 << 21  # (row, code) pairs screened at once by the reference: 16 MiB of float64
 _VALUES = 1 << 20  # float64 values of a slice of pairs that are scored directly
-# multiply-adds per kernel call, some tenths of a second: Ctrl-C is seen between calls
+# multiply-adds per call on the CPU, some tenths of a second: Ctrl-C is seen between calls
 _WORK = 1 << 34
+# values of z per call elsewhere: kernels keep a copy of z and records of each row, some 128 MiB
+_PACKED = 1 << 25
 
 
 def check(z: Any, codebook: Any, metric: Any) -> None:
@@ -144,10 +146,16 @@ _OP = Op(
 )
 
 
+def rows_of_a_call(codebook: Tensor) -> int:
+    """How many rows one call of a kernel may search; more are searched in parts."""
+    K, D = codebook.shape
+    return max(64, _WORK // (K * D) if codebook.device.type == "cpu" else _PACKED // (D + 16))
+
+
 def search(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Checked inputs z [N, D], codebook [K, D] -> indices [N], scores [N]; outside of autograd."""
     z, codebook, kind = z.detach().contiguous(), codebook.detach().contiguous(), METRICS[metric]
-    rows = max(64, _WORK // codebook.numel())
+    rows = rows_of_a_call(codebook)
     if torch.compiler.is_compiling() or len(z) <= rows:
         return _OP(z, codebook, kind)
     parts = [_OP(part, codebook, kind) for part in z.split(rows)]

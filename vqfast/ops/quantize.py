@@ -6,7 +6,7 @@
     ∂loss/∂z_n = 2·b_z·(z_n − z_q,n)/(N·D)
     ∂loss/∂c_k = 2·b_c·Σ_{n: idx_n = k} (c_k − z_n)/(N·D)
 
-Forward is `nearest`, then one pass (`straight_through`). `quantize_backward` takes the rows in the
+Forward is one call (`nearest_quantize`). `quantize_backward` takes the rows in the
 order of their codes (a counting sort) and gives both gradients in one pass: the sum over a code is
 of differences, in one order, without a one-hot matrix or atomic additions. Nothing of size N·D is
 kept for it but z itself. For "cosine" both sides are normalised first, outside the autograd
@@ -30,6 +30,7 @@ from vqfast._dispatch import Op
 
 # functions of these names replace the modules as attributes of vqfast.ops
 _nearest = importlib.import_module("vqfast.ops.nearest")
+_nearest_quantize = importlib.import_module("vqfast.ops.nearest_quantize")
 _straight_through = importlib.import_module("vqfast.ops.straight_through")
 _code_order = importlib.import_module("vqfast.ops.code_order")
 
@@ -55,19 +56,14 @@ def _reference_backward(
     """grad_z_q, z [N, D], codebook [K, D], order [N], start [K + 1] -> grad_z, grad_codes."""
     wide = _straight_through.wide_type(z, codebook)
     step = grad_loss.to(wide) * (2.0 / max(1, z.numel()))
-    # row j of the order belongs to the last code that starts at or before j
-    place = torch.arange(len(order), device=z.device)
-    owner = torch.searchsorted(start, place, right=True) - 1  # [N]
+    owner = _code_order.code_of_place(start, len(order))  # [N]
     indices = torch.empty_like(order).scatter(0, order, owner)
     difference = codebook.index_select(0, indices).to(wide) - z.to(wide)  # [N, D]
     grad_z = difference * (-to_z * step)
     if grad_z_q is not None:
         grad_z = grad_z_q.to(wide) + grad_z
     sums = torch.zeros(codebook.shape, dtype=torch.float64, device=z.device)
-    if z.device.type == "cpu":
-        sums.index_add_(0, indices, difference.double())
-    else:  # index_add_ is not deterministic there; index_put_ sorts first
-        sums.index_put_((indices,), difference.double(), accumulate=True)
+    _code_order.add_rows(sums, indices, difference.double())
     return grad_z.to(z.dtype), (sums.to(wide) * (to_codes * step)).to(codebook.dtype)
 
 
@@ -93,44 +89,51 @@ _BACKWARD = Op(
 
 
 class _Quantize(torch.autograd.Function):
-    """z [N, D], codebook [K, D], indices [N] -> z_q [N, D], loss []; in float32 or wider."""
+    """x [N, D], codes [K, D] -> z_q [N, D], loss [], indices [N], counts [K]; in float32 or wider.
+
+    z [N, D] and codebook [K, D] are what is searched, without gradient; None: x and codes."""
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, codebook: Tensor, indices: Tensor, to_z: float, to_codes: float
-    ) -> tuple[Tensor, Tensor]:
-        z, codebook = z.contiguous(), codebook.contiguous()
-        z_q, loss = _straight_through.straight_through(z, codebook, indices, to_z + to_codes)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(z_q)
+        ctx: Any, x: Tensor, codes: Tensor, z: Tensor | None, codebook: Tensor | None, metric: str,
+        to_z: float, to_codes: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        x, codes = x.contiguous(), codes.contiguous()
+        z = x if z is None else z.contiguous()
+        codebook = codes if codebook is None else codebook.contiguous()
+        z_q, loss, indices, counts = _nearest_quantize.nearest_quantize(
+            z, codebook, x, codes, metric, to_z + to_codes
+        )
+        ctx.mark_non_differentiable(indices, counts, *(() if ctx.needs_input_grad[0] else (z_q,)))
         # z_q holds the codes: a codebook without gradient may move (EMA) before backward comes
-        ctx.codes_saved = not ctx.needs_input_grad[1] and z.dtype == codebook.dtype
-        ctx.save_for_backward(*((z, z_q) if ctx.codes_saved else (z, codebook, indices)))
+        ctx.codes_saved = not ctx.needs_input_grad[1] and x.dtype == codes.dtype
+        ctx.save_for_backward(*((x, z_q) if ctx.codes_saved else (x, codes, indices)))
         ctx.set_materialize_grads(False)
         ctx.to_z, ctx.to_codes = to_z, to_codes
-        return z_q, loss
+        return z_q, loss, indices, counts
 
     @staticmethod
     @once_differentiable  # a second derivative would be wrong in silence
     def backward(
-        ctx: Any, grad_z_q: Tensor | None, grad_loss: Tensor | None
+        ctx: Any, grad_z_q: Tensor | None, grad_loss: Tensor | None, *no_grads: None
     ) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 5
         if grad_loss is None:  # straight through, and nothing else
-            return grad_z_q, None, None, None, None
+            return grad_z_q, None, *rest
         if grad_z_q is not None:
             grad_z_q = grad_z_q.contiguous()
         if ctx.codes_saved:
-            z, codes = ctx.saved_tensors
+            x, chosen = ctx.saved_tensors
         else:
-            z, codebook, indices = ctx.saved_tensors
+            x, codes, indices = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            order, start = _code_order.code_order(indices, len(codebook))
-            inputs = (grad_z_q, grad_loss, z, codebook, order, start, ctx.to_z, ctx.to_codes)
-            return *_BACKWARD(*inputs), None, None, None
+            order, start = _code_order.code_order(indices, len(codes))
+            inputs = (grad_z_q, grad_loss, x, codes, order, start, ctx.to_z, ctx.to_codes)
+            return *_BACKWARD(*inputs), *rest
         if not ctx.codes_saved:
-            codes = codebook.index_select(0, indices)
-        grads = _straight_through.commitment_grad(grad_z_q, grad_loss, z, codes, ctx.to_z)
-        return grads, None, None, None, None
+            chosen = codes.index_select(0, indices)
+        grads = _straight_through.commitment_grad(grad_z_q, grad_loss, x, chosen, ctx.to_z)
+        return grads, None, *rest
 
 
 def quantize(
@@ -167,16 +170,25 @@ def quantize(
     Cost: reads N·D + K·D values, 2·N·K·D flops, writes N·D; never holds N×K.
     Source: arXiv:1711.00937 eq. 1-3; CompVis/taming-transformers taming/modules/vqvae/quantize.py.
     """
+    return counted(z, codebook, beta=beta, legacy=legacy, metric=metric)[0]
+
+
+def counted(
+    z: Tensor, codebook: Tensor, *, beta: float, legacy: bool, metric: str
+) -> tuple[Quantized, Tensor]:
+    """`quantize`, and how many vectors each code has, [K] int64. Private: the quantizers of
+    `vqfast.nn` are its users."""
     _nearest.check(z, codebook, metric)
     beta = _check.number("beta", beta, low=0.0)
     flat = z.reshape(-1, z.shape[-1])
-    indices, _ = _nearest.search(flat, codebook, metric)
-    codes = codebook
+    x, codes, searched = flat, codebook, (None, None)
     if metric == "cosine":
-        flat, codes = (F.normalize(_wide(x), dim=-1) for x in (flat, codebook))
+        x, codes = (F.normalize(_wide(t), dim=-1) for t in (flat, codebook))
+        searched = flat.detach(), codebook.detach()  # by float64 norms of its own
     to_z, to_codes = (1.0, beta) if legacy else (beta, 1.0)
-    z_q, loss = _Quantize.apply(flat, codes, indices, to_z, to_codes)
-    return Quantized(z_q.view(z.shape).to(z.dtype), indices.view(z.shape[:-1]), loss)
+    z_q, loss, indices, counts = _Quantize.apply(x, codes, *searched, metric, to_z, to_codes)
+    z_q = z_q.view(z.shape).to(z.dtype)
+    return Quantized(z_q, indices.view(z.shape[:-1]), loss), counts
 
 
 def _wide(x: Tensor) -> Tensor:

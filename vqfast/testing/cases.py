@@ -27,8 +27,8 @@ def _case(op: str, id: str, tags: str, **shape: int) -> Case:
 
 
 _OVER_CODES = (
-    "nearest", "quantize", "straight_through", "code_order", "code_stats", "ema_stats",
-    "ema_update",
+    "nearest", "nearest_quantize", "quantize", "straight_through", "code_order", "code_stats",
+    "ema_stats", "ema_update",
 )  # fmt: skip
 
 

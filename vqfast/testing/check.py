@@ -69,7 +69,7 @@ def compare_outputs(op: str, outs: tuple, plain: tuple, exact: tuple) -> tuple[b
 
 
 def results(op: str, inputs: tuple, call: Callable | None = None) -> tuple[Tensor, ...]:
-    """Everything that one run gives: the outputs without scratch, then the inputs that it writes.
+    """Everything that one run gives: the outputs, then the inputs that it writes.
 
     Those are written in fresh copies, so that runs on the same `inputs` can be compared.
 
@@ -78,8 +78,7 @@ def results(op: str, inputs: tuple, call: Callable | None = None) -> tuple[Tenso
     """
     made = _dispatch.OPS[op]
     given = [x.clone() if i in made.writes else x for i, x in enumerate(inputs)]
-    outs = _tuple((call or made)(*given))
-    return outs[: len(outs) - made.scratch] + tuple(given[i] for i in made.writes)
+    return _tuple((call or made)(*given)) + tuple(given[i] for i in made.writes)
 
 
 def check_case(op: str, inputs: tuple, backend: str) -> tuple[bool, float, str]:

@@ -24,7 +24,11 @@ def perplexity(indices: Tensor, n: int) -> Tensor:
     """exp of the entropy of how often each of n codes occurs in indices; [] float32. 1 if empty."""
     flat = indices.reshape(-1)
     counts = torch.zeros(n, dtype=torch.int64, device=flat.device)
-    counts = counts.scatter_add(0, flat, torch.ones_like(flat))  # [n]
+    return perplexity_of_counts(counts.scatter_add(0, flat, torch.ones_like(flat)))
+
+
+def perplexity_of_counts(counts: Tensor) -> Tensor:
+    """`perplexity`, where how often each code occurs is known; counts [n] int64 -> [] float32."""
     share = counts.float() / counts.sum().clamp_min(1)
     return torch.exp(-torch.special.xlogy(share, share).sum())
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity, wide
-from vqfast.ops import nearest, quantize
+from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity_of_counts, wide
+from vqfast.ops import nearest
 
-# private ops; their functions replace the modules as attributes of vqfast.ops
+# private functions; those of their names replace the modules as attributes of vqfast.ops
+_quantize = importlib.import_module("vqfast.ops.quantize")
 _ema_stats = importlib.import_module("vqfast.ops.ema_stats")
 _ema_update = importlib.import_module("vqfast.ops.ema_update")
 
@@ -117,13 +118,13 @@ class EMAVectorQuantizer(Quantizer):
             self._first_codes(flat)
         with torch.autocast(z.device.type, enabled=False):
             # legacy with beta 0 is the commitment term alone
-            q = quantize(rows, self.codebook(), beta=0.0, legacy=True)
+            q, counts = _quantize.counted(rows, self.codebook(), beta=0.0, legacy=True, metric="l2")
             if self.training:
                 self._update(flat, q.indices.reshape(-1))
         indices = q.indices if self.remap is None else self.remap_to_used(q.indices)
         if not self.sane_index_shape:
             indices = indices.reshape(-1)
-        info = (perplexity(q.indices, self.n_e), None, indices)
+        info = (perplexity_of_counts(counts), None, indices)
         return q.z_q.movedim(-1, 1).to(z.dtype), self.beta * q.loss, info
 
     def _samples(self, flat: Tensor, n: int) -> Tensor | None:

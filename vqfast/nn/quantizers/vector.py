@@ -3,6 +3,7 @@
 Source: arXiv:1711.00937; CompVis/taming-transformers taming/modules/vqvae/quantize.py.
 """
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity, wide
-from vqfast.ops import nearest, quantize
+from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity_of_counts, wide
+from vqfast.ops import nearest
+
+# the function of this name replaces the module as attribute of vqfast.ops
+_quantize = importlib.import_module("vqfast.ops.quantize")
 
 
 class VectorQuantizer(Quantizer):
@@ -86,7 +90,7 @@ class VectorQuantizer(Quantizer):
             raise ValueError("temp, rescale_logits and return_logits are for GumbelQuantizer only")
         rows = channels_last(self._latents(z))  # [B, h, w, D]
         with torch.autocast(z.device.type, enabled=False):
-            q = quantize(
+            q, counts = _quantize.counted(
                 rows,
                 wide(self.embedding.weight),
                 beta=self.beta,
@@ -94,7 +98,7 @@ class VectorQuantizer(Quantizer):
                 metric=self.metric,
             )
         indices = q.indices
-        spread = perplexity(indices, self.n_e)
+        spread = perplexity_of_counts(counts)
         if self.remap is not None:
             indices = self.remap_to_used(indices)
         if not self.sane_index_shape:
