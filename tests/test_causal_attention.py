@@ -205,6 +205,19 @@ def test_a_row_does_not_depend_on_its_batch(each_isa):
     assert torch.equal(alone, whole[3:4, 1:2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_share_the_rows_and_change_no_bit(dtype):
+    leaves, threads, found = qkv(1, 1, 700, 32, dtype), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):  # one head: the size of a unit of work depends on the threads
+            torch.set_num_threads(n)
+            with vqfast.backend("cpu"):
+                found.append(vqfast.causal_attention(*leaves))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_compiles_with_its_backward():
     leaves = [t.requires_grad_() for t in qkv(1, 2, 20, 16)]
 
