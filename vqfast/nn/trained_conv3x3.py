@@ -59,8 +59,8 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] · b [N, K]ᵀ. torch multiplies float32 by MKL, which reaches 100 GFLOP/s on one core of
-    an AMD Zen 5 where oneDNN, if torch has it, reaches 190 (2026-11-25).
+    """a [M, K] · b [N, K]ᵀ. torch multiplies float32 by MKL, which reaches 100 GFLOP/s on one core
+    of an AMD Zen 5 where oneDNN, if torch has it, reaches 190 (2026-11-25).
     """
     if a.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
