@@ -2,8 +2,10 @@
 
 Measures and their inputs, which opponents get too:
     encode, decode      (tokenizer, data)        the opponent takes tokenizer.state_dict(), taming's
-    names train_tokenizer     (VQGANConfig, images)    one step of generator and discriminator, no
-    perceptual net train_transformer   (GPTConfig, idx, cond)   forward, backward and AdamW
+    names
+    train_tokenizer     (VQGANConfig, images, squeeze)   one step of generator and discriminator;
+    without perceptual net, or (squeeze) with one on a SqueezeNet of random weights
+    train_transformer   (GPTConfig, idx, cond)   forward, backward and AdamW
 The gate is that of every op that the network runs on.
 """
 
@@ -33,12 +35,26 @@ GPTS = {  # gpt_small has 38 M parameters; 256 and 576 tokens are images of 16 x
     "gpt576_775m": GPTConfig(16384, 576, n_layer=36, n_head=20, n_embd=1280),
     "gpt576_1b4": GPTConfig(16384, 576, n_layer=48, n_head=24, n_embd=1536),
 }
+_STEPS = {  # id: VQGAN, batch, side, SqueezeNet
+    "f16_64": ("f16_256", 4, 64, False),
+    "f16_64_squeeze": ("f16_256", 4, 64, True),
+    "f16_256": ("f16_256", 1, 256, False),
+    "f16_256_squeeze": ("f16_256", 1, 256, True),
+    "small_64": ("small_64", 8, 64, False),
+}
 _TRAINED = {"gpt_336m": ("gpt_336m", 1), "gpt_336m_batch8": ("gpt_336m", 8)}
 _TRAINED |= {"gpt_small": ("gpt_small", 1)}  # id: GPT, batch
 _OPS = {
     "encode": ("group_norm_silu", "conv3x3", "nearest"),
     "decode": ("group_norm_silu", "conv3x3"),
-    "train_tokenizer": ("group_norm_silu", "nearest", "straight_through", "quantize"),
+    "train_tokenizer": (
+        "group_norm_silu",
+        "conv3x3",
+        "conv3x3_weight",
+        "nearest",
+        "straight_through",
+        "quantize",
+    ),  # fmt: skip
     "train_transformer": ("causal_attention", "cross_entropy"),
 }
 
@@ -67,8 +83,8 @@ def _tokenizer_inputs(name: str, measure: str) -> tuple:
 
 
 def _train_inputs(name: str) -> tuple:
-    config, batch, side = _VQGANS[name]
-    return config, _images(batch, side)
+    model, batch, side, squeeze = _STEPS[name]
+    return _VQGANS[model][0], _images(batch, side), squeeze
 
 
 def _gpt_inputs(name: str) -> tuple:
@@ -86,7 +102,7 @@ def cases(suite: str) -> list[Case]:
             for m in ("encode", "decode"):
                 found.append(Case(name, m, lambda n=name, m=m: _tokenizer_inputs(n, m)))
     if suite == "train":
-        for name in _VQGANS:
+        for name in _STEPS:
             found.append(Case(name, "train_tokenizer", lambda n=name: _train_inputs(n)))
         for name in _TRAINED:
             found.append(Case(name, "train_transformer", lambda n=name: _gpt_inputs(n)))
@@ -112,11 +128,13 @@ def _our_decode(dtype: str, device: str, model: VQGAN, codes: torch.Tensor) -> C
 
 
 def _our_train_tokenizer(
-    dtype: str, device: str, config: VQGANConfig, images: torch.Tensor
+    dtype: str, device: str, config: VQGANConfig, images: torch.Tensor, squeeze: bool
 ) -> Callable:
     settings = TokenizerConfig(model=config)
     settings.data.size, settings.data.batch_size = images.shape[-1], len(images)
-    settings.loss.perceptual_weight, settings.loss.disc_start = 0.0, 0
+    settings.loss.perceptual_weight, settings.loss.disc_start = float(squeeze), 0
+    settings.loss.perceptual_net, settings.loss.perceptual_weights = "squeeze", "random"
+    settings.loss.perceptual_heads = "random"
     settings.train.precision = dtype
     stage = TokenizerStage(settings, World(0, 1, torch.device(device)), None)
     batch = {"image": images}

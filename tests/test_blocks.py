@@ -1,4 +1,4 @@
-"""Blocks of the stage-1 network: padding, resampling, attention, convolution without gradient."""
+"""Blocks of the stage-1 network: padding, resampling, attention, convolutions."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, upsample_conv
+from vqfast.nn.trained_conv3x3 import trained_conv3x3
 from vqfast.ops import conv3x3
+from vqfast.testing import tolerances
 
 
 def test_downsampling_pads_right_and_bottom_only():
@@ -25,7 +27,6 @@ def test_upsampling_repeats_then_convolves(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     big = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     plain = F.conv2d(big, up.conv.weight, up.conv.bias, padding=1)
-    assert torch.equal(up(x), plain)  # with gradients, nothing is folded
     exact = F.conv2d(big.double(), up.conv.weight.double(), up.conv.bias.double(), padding=1)
     with torch.no_grad():
         folded = upsample_conv(x, up.conv.weight, up.conv.bias)
@@ -34,7 +35,8 @@ def test_upsampling_repeats_then_convolves(shape, dtype):
     assert folded.dtype == dtype and folded.shape == plain.shape
     # the error rule of the project: twice plain torch's, plus eps
     allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps
-    assert (folded.double() - exact).abs().max() <= allowed
+    for out in (folded, up(x)):  # without and with gradients
+        assert (out.double() - exact).abs().max() <= allowed
 
 
 def test_attention_is_permutation_equivariant_over_positions():
@@ -56,7 +58,6 @@ def test_convolution_without_gradient_keeps_the_error_rule(shape):
     torch.manual_seed(0)
     conv, x = Conv3x3(shape[1], 48), torch.randn(shape)
     plain = F.conv2d(x, conv.weight, conv.bias, padding=1)
-    assert torch.equal(conv(x), plain)  # with gradients it is torch's
     exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
     with torch.no_grad():
         got = conv(x)
@@ -87,3 +88,49 @@ def test_conv3x3_refuses():
     ]:
         with pytest.raises(error, match=words):
             conv3x3(*args)
+
+
+@pytest.mark.parametrize(
+    ("B", "C", "outs", "H", "W"),
+    [
+        (2, 64, 48, 32, 34),
+        (1, 33, 40, 1, 1025),
+        (3, 32, 64, 5, 7),
+        (1, 3, 5, 1, 1),
+        (4, 8, 8, 8, 8),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_trained_convolution_keeps_the_budget_of_every_gradient(B, C, outs, H, W, dtype):
+    g = torch.Generator().manual_seed(H)
+    shapes = ((B, C, H, W), (outs, C, 3, 3), (outs,))
+    inputs = [torch.randn(s, generator=g).to(dtype) for s in shapes]
+    inputs[1] /= (9 * C) ** 0.5
+    grad = torch.randn((B, outs, H, W), generator=g).to(dtype)
+
+    def run(conv, kind):
+        given = [t.to(kind).requires_grad_() for t in inputs]
+        y = conv(*given)
+        return y.detach(), *torch.autograd.grad(y, given, grad.to(kind))
+
+    def plain(x, w, b):
+        return F.conv2d(x, w, b, padding=1)
+
+    found = zip(
+        run(trained_conv3x3, dtype), run(plain, dtype), run(plain, torch.float64), strict=True
+    )
+    for i, (ours, theirs, exact) in enumerate(found):
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        factor = tolerances.BACKWARD if i else tolerances.FORWARD
+        allowed = factor * (theirs - exact).abs().max() + tolerances.EPS[dtype] * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed
+
+
+def test_a_trained_convolution_can_be_added_to_in_place():
+    for side in (4, 32):
+        x = torch.randn(1, 32, side, side, requires_grad=True)
+        w = torch.randn(32, 32, 3, 3, requires_grad=True)
+        y = trained_conv3x3(x, w, torch.zeros(32)).add_(1)
+        (dw,) = torch.autograd.grad(y.sum(), w)
+        (expected,) = torch.autograd.grad(F.conv2d(x, w, padding=1).sum(), w)
+        torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-3)

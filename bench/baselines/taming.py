@@ -1,9 +1,9 @@
 """taming-transformers itself (or the package taming-transformers-rom1504): its network classes in
 eager torch.
 
-Newer libraries dropped three names that it imports; stand-ins are put in their place. A training
-step is written out here after its `training_step` and VQLPIPSWithDiscriminator: two passes of the
-autoencoder, adaptive weight, hinge loss; without the perceptual net, whose weights it would fetch.
+Newer libraries dropped names that it imports; stand-ins are put in their place. A training step is
+its own `training_step` with VQLPIPSWithDiscriminator, which needs pytorch-lightning: two passes of
+the autoencoder, adaptive weight, hinge loss.
 """
 
 import sys
@@ -11,7 +11,6 @@ import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from baselines import Unsuitable
 
@@ -64,7 +63,16 @@ def make(measure: str, case: Any, inputs: tuple) -> Any:
 def _network(config: Any) -> torch.nn.Module:
     from taming.modules.diffusionmodules.model import Decoder, Encoder
 
-    settings = {
+    net = torch.nn.Module()
+    settings = _network_settings(config)
+    net.encoder, net.decoder = Encoder(**settings), Decoder(**settings)
+    net.quant_conv = torch.nn.Conv2d(config.z_channels, config.embed_dim, 1)
+    net.post_quant_conv = torch.nn.Conv2d(config.embed_dim, config.z_channels, 1)
+    return net
+
+
+def _network_settings(config: Any) -> dict[str, Any]:
+    return {
         "ch": config.ch,
         "out_ch": config.out_ch,
         "ch_mult": tuple(config.ch_mult),
@@ -76,11 +84,6 @@ def _network(config: Any) -> torch.nn.Module:
         "double_z": False,
         "dropout": 0.0,
     }
-    net = torch.nn.Module()
-    net.encoder, net.decoder = Encoder(**settings), Decoder(**settings)
-    net.quant_conv = torch.nn.Conv2d(config.z_channels, config.embed_dim, 1)
-    net.post_quant_conv = torch.nn.Conv2d(config.embed_dim, config.z_channels, 1)
-    return net
 
 
 def _quantizer(config: Any) -> torch.nn.Module:
@@ -89,50 +92,82 @@ def _quantizer(config: Any) -> torch.nn.Module:
     return VectorQuantizer2(config.n_embed, config.embed_dim, beta=config.beta)
 
 
-def _train_step(case: Any, config: Any, images: torch.Tensor) -> Any:
-    from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
-
-    torch.manual_seed(0)
-    net, quantizer = _network(config), _quantizer(config)
-    critic = NLayerDiscriminator(input_nc=3, n_layers=3).apply(weights_init)
-    for part in (net, quantizer, critic):
-        part.to(case.device).train()
-    rate = {"lr": 1e-4, "betas": (0.5, 0.9)}
-    weights = [*net.parameters(), *quantizer.parameters()]
-    for_net = torch.optim.Adam(weights, **rate)
-    for_critic = torch.optim.Adam(critic.parameters(), **rate)
-    x = images.to(case.device)
+def _train_step(case: Any, config: Any, images: torch.Tensor, squeeze: bool) -> Any:
+    """What Lightning does with its VQModel for one batch, its optimizers in turn: parameters of the
+    others do not require gradients meanwhile.
+    """
+    model = _vqmodel(config, squeeze).to(case.device).train()
+    optimizers = model.configure_optimizers()[0]
+    weights = [[p for g in o.param_groups for p in g["params"]] for o in optimizers]
+    batch = {"image": images.permute(0, 2, 3, 1).contiguous().to(case.device)}
     bf16 = case.dtype == "bf16"
 
-    def reconstruct() -> tuple[torch.Tensor, torch.Tensor]:
-        z = net.quant_conv(net.encoder(x))
-        with torch.autocast(case.device, enabled=False):
-            z_q, codebook_loss, _ = quantizer(z.float())
-        return net.decoder(net.post_quant_conv(z_q)).float(), codebook_loss
-
     def step() -> torch.Tensor:
-        with torch.autocast(case.device, torch.bfloat16, enabled=bf16):
-            x_hat, codebook_loss = reconstruct()
-            nll = (x - x_hat).abs().mean()
-            gan = -critic(x_hat).float().mean()
-        last = net.decoder.conv_out.weight
-        (for_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
-        (for_gan,) = torch.autograd.grad(gan, last, retain_graph=True)
-        ratio = (for_nll.norm() / (for_gan.norm() + 1e-4)).clamp(0, 1e4).detach()
-        (nll + 0.8 * ratio * gan + codebook_loss).backward()
-        for_net.step()
-        for_net.zero_grad()
-        for_critic.zero_grad()
-        # the second optimizer's turn runs the autoencoder again, with a graph that is then detached
-        with torch.autocast(case.device, torch.bfloat16, enabled=bf16):
-            x_hat, _ = reconstruct()
-            real, fake = critic(x).float(), critic(x_hat.detach()).float()
-        (0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())).backward()
-        for_critic.step()
-        for_critic.zero_grad()
-        return nll.detach()
+        for i, optimizer in enumerate(optimizers):
+            for k, part in enumerate(weights):
+                for p in part:
+                    p.requires_grad_(k == i)
+            with torch.autocast(case.device, torch.bfloat16, enabled=bf16):
+                loss = model.training_step(batch, 0, i)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
 
     return step
+
+
+def _vqmodel(config: Any, squeeze: bool) -> Any:
+    """Its VQModel with PatchGAN, from the first step on. Its perceptual net would fetch weights, so
+    there is none, or its formula on a SqueezeNet with random ones.
+    """
+    _stand_ins()
+    import taming.modules.losses.vqperceptual as losses
+    from taming.models.vqgan import VQModel
+
+    torch.manual_seed(0)
+    losses.LPIPS = _squeeze_lpips() if squeeze else torch.nn.Identity
+    loss = {"disc_start": 0, "disc_weight": 0.8, "perceptual_weight": float(squeeze)}
+    target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+    lossconfig = {"target": target, "params": loss}
+    model = VQModel(_network_settings(config), lossconfig, config.n_embed, config.embed_dim)
+    model.learning_rate = 1e-4
+    model.log = model.log_dict = lambda *_, **__: None  # there is no trainer to log to
+    return model
+
+
+def _squeeze_lpips() -> type:
+    from taming.modules.losses import lpips
+    from torchvision.models import squeezenet1_1
+
+    class SqueezeLPIPS(lpips.LPIPS):
+        ENDS, chns = (2, 5, 8, 10, 11, 12, 13), (64, 128, 256, 384, 384, 512, 512)
+
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            layers = squeezenet1_1(weights=None).features
+            starts = (0, *self.ENDS)
+            self.parts = torch.nn.ModuleList(
+                layers[a:b] for a, b in zip(starts, self.ENDS, strict=False)
+            )
+            self.scaling_layer = lpips.ScalingLayer()
+            self.heads = torch.nn.ModuleList(lpips.NetLinLayer(c, True) for c in self.chns)
+            self.requires_grad_(False)
+
+        def taps(self, x: torch.Tensor) -> list[torch.Tensor]:
+            found = [self.scaling_layer(x)]
+            for part in self.parts:
+                found.append(part(found[-1]))
+            return found[1:]
+
+        def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            total = 0
+            for head, *pair in zip(self.heads, self.taps(input), self.taps(target), strict=True):
+                a, b = map(lpips.normalize_tensor, pair)
+                total = total + lpips.spatial_average(head.model((a - b) ** 2), keepdim=True)
+            return total
+
+    return SqueezeLPIPS
 
 
 def _generate(case: Any, gpt: Any, cond: torch.Tensor) -> Any:
@@ -143,6 +178,20 @@ def _generate(case: Any, gpt: Any, cond: torch.Tensor) -> Any:
     # the same parameters, not a copy; its masks are buffers, which ours has not
     model.load_state_dict({**model.state_dict(), **gpt.state_dict()}, assign=True)
     return lambda n: mingpt.sample_with_past(cond, model, n, top_k=100, top_p=1.0)
+
+
+def _stand_ins() -> None:
+    """Modules under names that newer versions of torch and Lightning dropped."""
+    six = types.ModuleType("torch._six")
+    six.string_classes = (str, bytes)
+    sys.modules.setdefault("torch._six", six)
+    try:
+        from pytorch_lightning.utilities import rank_zero
+    except ImportError:
+        return
+    distributed = types.ModuleType("pytorch_lightning.utilities.distributed")
+    distributed.rank_zero_only = rank_zero.rank_zero_only
+    sys.modules.setdefault(distributed.__name__, distributed)
 
 
 def _mingpt() -> types.ModuleType:
@@ -156,9 +205,7 @@ def _mingpt() -> types.ModuleType:
 
     if not hasattr(transformers, "top_k_top_p_filtering"):
         transformers.top_k_top_p_filtering = top_k_top_p_filtering
-    six = types.ModuleType("torch._six")
-    six.string_classes = (str, bytes)
-    sys.modules.setdefault("torch._six", six)
+    _stand_ins()
     try:
         from taming.modules.transformer import mingpt
     except ImportError as error:

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqfast.nn.trained_conv3x3 import trained_conv3x3
 from vqfast.ops import conv3x3, group_norm_silu
 
 GROUPS = 32
@@ -40,14 +41,18 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution, padding 1. In float32 on a CPU and without gradients it is `ops.conv3x3`."""
+    """3x3 convolution, padding 1. In float32 on a CPU it is `ops.conv3x3`, or with gradients
+    `trained_conv3x3`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return trained_conv3x3(x, self.weight, self.bias)
         on_cpu = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        if torch.is_grad_enabled() or not on_cpu or torch.is_autocast_enabled("cpu"):
+        if not on_cpu or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         return conv3x3(x, self.weight, self.bias)
 
@@ -109,8 +114,11 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return trained_conv3x3(doubled, self.conv.weight, self.conv.bias)
         # not a question of B: an image is decoded the same in every batch
-        if torch.is_grad_enabled() or x.shape[2] * x.shape[3] < self.LEAST_POSITIONS:
+        if x.shape[2] * x.shape[3] < self.LEAST_POSITIONS:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return upsample_conv(x, self.conv.weight, self.conv.bias)
 

@@ -88,6 +88,19 @@ CASES: tuple[Case, ...] = (
     _case("conv3x3", "edge_odd", "edge", B=1, C=37, O=67, H=41, W=25),
     _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
     _case("conv3x3", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
+    *(
+        _case("conv3x3_weight", id, tags, B=B, C=C, O=outs, H=H, W=W)
+        for id, tags, B, C, outs, H, W in (
+            ("vqgan_256px", "bench", 1, 128, 128, 256, 256),
+            ("vqgan_64px", "bench", 4, 128, 128, 64, 64),
+            ("vqgan_32px", "bench", 4, 512, 256, 32, 32),
+            ("smoke", "smoke", 2, 64, 48, 32, 34),
+            ("edge_odd", "edge", 1, 37, 67, 41, 25),
+            ("edge_wide", "edge", 2, 150, 33, 31, 33),
+            ("edge_one_row", "edge", 1, 33, 32, 1, 1025),
+            ("edge_b0", "edge", 0, 32, 32, 32, 32),
+        )
+    ),
     # ---- token loss
     _case("cross_entropy", "vqgan_f16_16384", "bench", N=2048, V=16384),
     _case("cross_entropy", "vqgan_f16_1024", "bench", N=4096, V=1024),

@@ -134,9 +134,9 @@ class TokenizerTrain(TrainSection):
     )
     disc_learning_rate: float | None = key(None, "null: as learning_rate", low=0, low_open=True)
     discriminator_pass: str = key(
-        "taming",
-        "taming: it sees reconstructions of the updated autoencoder, by a second forward; "
-        "shared: those of the first",
+        "shared",
+        "shared: it sees the reconstructions of the one forward of a step; taming: those of the "
+        "updated autoencoder, by a second forward",
         choices=("taming", "shared"),
     )
     revive_after: int = key(

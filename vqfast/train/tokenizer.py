@@ -2,8 +2,9 @@
 
 The autoencoder runs once per pass, and perceptual net and discriminator are differentiated once,
 down to x̂: the same mathematics as taming's extra backward passes for its adaptive weight. What
-differs is a choice, `discriminator_pass`: taming lets the discriminator see reconstructions made
-after the autoencoder's step (a second forward), "shared" shows it those of the one forward. Before
+differs is a choice, `discriminator_pass`: by default ("shared") the discriminator sees the
+reconstructions of the one forward, with "taming" those made after the autoencoder's step, by a
+second forward, as taming has it. Before
 `disc_start` the discriminator is not run at all and its loss is 0.
 
 Under torchrun the adaptive weight is each rank's own, as in taming; gradients are averaged by
@@ -28,6 +29,7 @@ from vqfast.losses import Stage1Loss
 from vqfast.metrics import perplexity, psnr, usage
 from vqfast.models.vqgan import VQGAN, VQGANConfig
 from vqfast.train import runner, schedule
+from vqfast.train.adam import Adam
 from vqfast.train.distributed import World
 from vqfast.train.ema import EMA
 from vqfast.train.feed import ImageFeed, held_out_images, open_sources
@@ -140,7 +142,7 @@ class TokenizerStage(Stage):
         weights = self._weights[name] = [p for p in module.parameters() if p.requires_grad]
         rate, betas = self._rates[name], self.config.train.betas
         self.optimizers[name] = (
-            torch.optim.Adam(weights, lr=rate, betas=betas, fused=True),
+            Adam(weights, lr=rate, betas=betas),
             module,
         )
 

@@ -1,0 +1,82 @@
+"""Gradients of a 3x3 convolution of stride 1 and padding 1 with respect to its weight and bias.
+
+    dw[o, c, p, q] = Σ_{b, i, j} g[b, o, i, j] · x[b, c, i + p − 1, j + q − 1],   db_o = Σ g_o
+
+The C++ kernel is the transpose of Winograd's F(2x2, 3x3) in the weights: 16 products for 4
+positions in place of 36. The reference is torch's gradient, which also serves where the kernel
+refuses (few positions or channels, other dtypes, GPUs).
+
+Cost: 18·B·H·W·C·O flops by definition, 2.25 times fewer by Winograd; reads x and g, writes dw.
+Source: arXiv:1509.09308 section 4.1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqfast import _check
+from vqfast._dispatch import Op
+
+
+def _reference(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, H, W, C], grad [B, H, W, O] -> dw [O, 3, 3, C], db [O]."""
+    g, shape = grad.movedim(-1, 1), (grad.shape[-1], x.shape[-1], 3, 3)
+    dw = torch.nn.grad.conv2d_weight(x.movedim(-1, 1), shape, g, padding=1)
+    return dw.movedim(1, -1).contiguous(), grad.sum((0, 1, 2))
+
+
+def _outputs(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    outs = grad.shape[-1]
+    return x.new_empty((outs, 3, 3, x.shape[-1])), x.new_empty((outs,))
+
+
+_OP = Op(
+    "conv3x3_weight(Tensor x, Tensor grad) -> (Tensor, Tensor)",
+    reference=_reference,
+    outputs=_outputs,
+)
+
+
+def conv3x3_weight(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """What the backward pass of F.conv2d(x, weight, bias, padding=1) gives weight and bias.
+
+    Args:
+        x: [B, C, H, W] floating point, the convolution's input; channels_last for no copy.
+        grad: [B, O, H, W], of its output, dtype and device of x; channels_last for no copy.
+
+    Returns:
+        (dw [O, C, 3, 3], channels_last; db [O]), like x. Not differentiable.
+
+    Raises:
+        TypeError: not floating-point tensors, or of different dtypes.
+        ValueError: shapes or devices disagree.
+
+    Numerics: the maximum error stays within three times that of torch's gradient. Equal results
+        for any number of threads.
+    Cost: reads B·H·W·(C + O) values, writes 9·C·O.
+    Source: arXiv:1509.09308 section 4.1.
+    """
+    for name, t in (("x", x), ("grad", grad)):
+        _check.floating(name, t)
+        _check.same_dtype(name, t, "x", x)
+        _check.same_device(name, t, "x", x)
+        _check.ndim(name, t, 4)
+    _check.shape("grad", grad, [x.shape[0], grad.shape[1], *x.shape[2:]], "to match x")
+    dw, db = _OP(x.detach().movedim(1, -1).contiguous(), grad.detach().movedim(1, -1).contiguous())
+    return dw.movedim(-1, 1), db
+
+
+def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Inputs of the raw op for a case with shape B, C, O, H, W."""
+    g = torch.Generator().manual_seed(0)
+    B, C, outs, H, W = (case.shape[k] for k in "BCOHW")
+    tensors = (torch.randn(B, H, W, n, generator=g) for n in (C, outs))
+    return tuple(t.to(device, dtype) for t in tensors)
+
+
+def COST(case: Any) -> tuple[int, int]:
+    """Bytes (float32, read or written once) and flops of the definition."""
+    B, C, outs, H, W = (case.shape[k] for k in "BCOHW")
+    macs = 9 * B * H * W * C * outs
+    return 4 * (B * H * W * (C + outs) + 9 * C * outs), 2 * macs
