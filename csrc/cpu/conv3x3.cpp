@@ -60,7 +60,8 @@ namespace {
 constexpr int kWide = 2 * kLanes;             // outputs of a register tile
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
 constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
-constexpr int64_t kBlockBytes = 640 << 10;    // of V; the rest of L2 holds weights and products
+constexpr int64_t kBlockBytes = 512 << 10;    // of V; the rest of L2 holds weights and products
+constexpr int64_t kSub = 48;                  // tiles of a block whose products are held at a time
 
 // kDoubled: the pixels of x are doubled. kNative: vdpbf16ps and its rounding are there.
 template <class T, bool kDoubled, bool kNative>
@@ -113,30 +114,42 @@ struct Conv {
   // of four values those that are not zero on doubled pixels
   VQFAST_INLINE static int at(int tap) { return kDoubled && tap == 2 ? 3 : tap; }
 
+  // G g G' of n channels of one output -> to[f * kWide * kLanes words]
+  VQFAST_INLINE void transform_weight(const T* from, int n, T* to) const {
+    VF rows[4][3];
+#pragma GCC unroll 3
+    for (int q = 0; q < 3; ++q) {
+      VF g[3];
+#pragma GCC unroll 3
+      for (int p = 0; p < 3; ++p) g[p] = n ? load_n(from + (p * 3 + q) * C, n) : VF{};
+      const VF ends = g[0] + g[2];
+      rows[0][q] = g[0];
+      rows[1][q] = (ends + g[1]) * 0.5f;
+      rows[2][q] = (ends - g[1]) * 0.5f;
+      rows[3][q] = g[2];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTaps; ++i) {
+      const VF* r = rows[at(i)];
+      const VF ends = r[0] + r[2];
+      const VF u[4] = {r[0], (ends + r[1]) * 0.5f, (ends - r[1]) * 0.5f, r[2]};
+#pragma GCC unroll 4
+      for (int j = 0; j < kTaps; ++j)
+        put(to + (i * kTaps + j) * kWide * kLanes * kPer, u[at(j)], kLanes);
+    }
+  }
+
   // words [from, from + kLanes) of the transformed weights of one panel -> tile [kF, kWide, kLanes]
   void transform_weights(int64_t panel, int64_t from, int32_t* tile) const {
     for (int o = 0; o < kWide; ++o)
       for (int part = 0; part < kPer; ++part) {
         const int64_t c = from * kPer + part * kLanes, row = panel * kWide + o;
         const int n = row < O ? static_cast<int>(std::clamp<int64_t>(C - c, 0, kLanes)) : 0;
-        VF g[3][3], rows[4][3];
-        for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = n ? load_n(w + (row * 9 + k) * C + c, n) : VF{};
-        for (int q = 0; q < 3; ++q) {
-          const VF ends = g[0][q] + g[2][q];
-          rows[0][q] = g[0][q];
-          rows[1][q] = (ends + g[1][q]) * 0.5f;
-          rows[2][q] = (ends - g[1][q]) * 0.5f;
-          rows[3][q] = g[2][q];
-        }
-        for (int i = 0; i < kTaps; ++i) {
-          const VF* r = rows[at(i)];
-          const VF ends = r[0] + r[2];
-          const VF u[4] = {r[0], (ends + r[1]) * 0.5f, (ends - r[1]) * 0.5f, r[2]};
-          for (int j = 0; j < kTaps; ++j) {
-            T* to = reinterpret_cast<T*>(tile + ((i * kTaps + j) * kWide + o) * kLanes);
-            put(to + part * kLanes, u[at(j)], kLanes);
-          }
-        }
+        T* to = reinterpret_cast<T*>(tile + o * kLanes) + part * kLanes;
+        if (n == kLanes)
+          transform_weight(w + row * 9 * C + c, kLanes, to);
+        else
+          transform_weight(w + row * 9 * C + c, n, to);
       }
   }
 
@@ -290,18 +303,20 @@ struct Conv {
                  const T* zeros, int32_t* v, float* m) const {
     for (int64_t t = 0; t < count; ++t)
       transform_input(begin + t, zeros, reinterpret_cast<T*>(v + t * words), block * words * kPer);
-    for (int64_t p = first; p < last; ++p) {
-      for (int f = 0; f < kF; ++f) {
-        const int32_t* u = packed + (p * kF + f) * words * kWide;
-        for (int64_t k = 0; k < words; k += kChain)
-          // rows past count hold what an earlier block left: computed, never stored
-          for (int64_t t = 0; t < count; t += kRows)
-            multiply(v + (f * block + t) * words + k, words, u + k * kWide,
-                     std::min(kChain, words - k), k > 0, m + (f * block + t) * kWide);
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t sub = 0; sub < count; sub += kSub) {
+        const int64_t n = std::min(kSub, count - sub);
+        for (int f = 0; f < kF; ++f) {
+          const int32_t* u = packed + (p * kF + f) * words * kWide;
+          for (int64_t k = 0; k < words; k += kChain)
+            // rows past count hold what an earlier block left: computed, never stored
+            for (int64_t t = 0; t < n; t += kRows)
+              multiply(v + (f * block + sub + t) * words + k, words, u + k * kWide,
+                       std::min(kChain, words - k), k > 0, m + (f * kSub + t) * kWide);
+        }
+        for (int64_t t = 0; t < n; ++t)
+          transform_output(m + t * kWide, kSub * kWide, begin + sub + t, p);
       }
-      for (int64_t t = 0; t < count; ++t)
-        transform_output(m + t * kWide, block * kWide, begin + t, p);
-    }
   }
 
   void run() const {
@@ -317,7 +332,7 @@ struct Conv {
     const int64_t shares = blocks >= 8 * threads ? 1 : std::min<int64_t>(panels, 4);
     parallel_for(threads, blocks * shares, 1, [&](int64_t from, int64_t to) {
       const auto v = scratch<int32_t>(kF * block * words);
-      const auto m = scratch<float>(kF * block * kWide);
+      const auto m = scratch<float>(kF * kSub * kWide);
       const auto zeros = scratch<T>(C);
       std::fill_n(zeros.get(), C, T{});
       for (int64_t unit = from; unit < to; ++unit) {

@@ -141,14 +141,23 @@ VQFAST_INLINE Slope slope(VF x, VF grad, const Affine& p) {
   const VF x_hat = (x - p.mean) * p.rstd, u = fma(x_hat, p.w, p.b), gate = sigmoid(u);
   return {x_hat, grad * gate * fma(u, 1.0f - gate, broadcast(1.0f))};
 }
+// kCoarse: relative error of 2^-13, for results of 8 bits
+template <bool kCoarse>
 VQFAST_INLINE VF silu(VF u) {
 #if VQFAST_LANES == 16
-  // e^-u, relative error as vexp's: scalef needs no care at the ends, and beyond 100 the quotient
-  // is u or -0. The operands of min and max stand so that a NaN stays.
+  // e^-u as vexp has it: scalef needs no care at the ends, and beyond 100 the quotient is u or -0.
+  // The operands of min and max stand so that a NaN stays.
   const __m512 c = _mm512_min_ps(_mm512_set1_ps(100.0f),
                                  _mm512_max_ps(_mm512_set1_ps(-100.0f), (__m512)-u));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 8);
   const VF N = (VF)n;
+  if constexpr (kCoarse) {
+    const VF r = fma(N, broadcast(-0.693147181f), (VF)c);
+    VF p = fma(r, broadcast(4.1665796e-2f), broadcast(1.6666667e-1f));
+    p = fma(fma(fma(p, r, broadcast(0.5f)), r, broadcast(1.0f)), r, broadcast(1.0f));
+    p = (VF)_mm512_scalef_ps((__m512)p, n) + 1.0f;
+    return u * (VF)_mm512_rcp14_ps((__m512)p);
+  }
   VF r = fma(N, broadcast(-0.693359375f), (VF)c);
   r = fma(N, broadcast(2.12194440e-4f), r);
   VF p = broadcast(1.9875691500e-4f);
@@ -163,8 +172,9 @@ VQFAST_INLINE VF silu(VF u) {
   return u / (1.0f + vexp(-u));
 #endif
 }
+template <class T>
 VQFAST_INLINE VF activate(VF x, const Affine& p) {
-  return silu(fma((x - p.mean) * p.rstd, p.w, p.b));
+  return silu<std::is_same_v<T, bf16>>(fma((x - p.mean) * p.rstd, p.w, p.b));
 }
 
 // ---- contiguous ---------------------------------------------------------------------------------
@@ -204,7 +214,7 @@ void forward_contiguous(const Args& a, const Shape& s, const std::vector<float>&
         const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]),
                        broadcast(b[c])};
         vectors(s.S, [&](int64_t i, int width) {
-          store_n(y + j * s.S + i, activate(load_n(x + j * s.S + i, width), p), width);
+          store_n(y + j * s.S + i, activate<T>(load_n(x + j * s.S + i, width), p), width);
         });
       }
     }
@@ -354,7 +364,7 @@ void forward_last(const Args& a, const Shape& s, const std::vector<float>& w,
         const Affine p{load_n(&mu[c], width), load_n(&sigma[c], width), load_n(&w[c], width),
                        load_n(&b[c], width)};
         const int64_t i = at + r * s.C + c;
-        store_n(y + i, activate(load_n(x + i, width), p), width);
+        store_n(y + i, activate<T>(load_n(x + i, width), p), width);
       });
   });
 }
