@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqfast.nn.attention import SpatialAttention
+from vqfast.nn.attention import SpatialAttention, spatial_attention
 from vqfast.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, upsample_conv
 from vqfast.ops import conv3x3
 
@@ -59,6 +59,25 @@ def test_attention_is_permutation_equivariant_over_positions():
     order = torch.randperm(15)
     shuffled = x.flatten(2)[:, :, order].reshape(x.shape)
     torch.testing.assert_close(attn(shuffled), attn(x).flatten(2)[:, :, order].reshape(x.shape))
+
+
+@pytest.mark.parametrize("side", [5, 17])  # 17: two blocks of queries
+def test_attention_without_gradient_keeps_the_error_rule(side):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 64, side, side, generator=g).bfloat16() for _ in range(3))
+    rows = [t.flatten(2).transpose(1, 2) for t in (q, k, v)]
+
+    def plain(q, k, v):
+        return torch.bmm((torch.bmm(q, k.transpose(1, 2)) / 8).softmax(-1), v)
+
+    exact = plain(*(t.double() for t in rows)).transpose(1, 2).reshape(q.shape)
+    low = plain(*rows).transpose(1, 2).reshape(q.shape)
+    with torch.no_grad():
+        got = spatial_attention(q, k, v)
+        alone = spatial_attention(q[-1:], k[-1:], v[-1:])
+    allowed = 2 * (low - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= allowed
+    assert torch.equal(got[-1:], alone)  # whatever else is in the batch
 
 
 def test_shortcut_exists_only_where_channels_change():
