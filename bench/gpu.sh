@@ -117,7 +117,8 @@ stage environment 60 bash -euo pipefail -c environment
 stage build 600 bash -euo pipefail -c build
 stage check 600 bash -euo pipefail -c repeat_check
 stage compile 600 "$PYTHON" -m pytest -q tests/test_triton_compile.py
-stage tests 900 "$PYTHON" -m pytest -q -m "gpu or not slow" tests/test_gpu.py tests/test_ops.py
+stage tests 900 "$PYTHON" -m pytest -q -m "gpu or not slow" tests/test_gpu.py tests/test_gpu_decode.py tests/test_ops.py
+stage decode 400 "$PYTHON" bench/gpu_decode.py --check
 stage fuzz 400 "$PYTHON" -m vqfast.testing.fuzz --device cuda --rows 1e8 --minutes 5
 stage determinism 300 "$PYTHON" bench/gpu_micro.py --repeat 1000
 stage large 300 "$PYTHON" bench/gpu_micro.py --large
@@ -125,6 +126,8 @@ for tool in memcheck racecheck initcheck synccheck; do
   stage "sanitize_$tool" 300 bash -euo pipefail -c "sanitize $tool"
 done
 unset VQFAST_POISON # no filling inside timed calls
+stage decode_time 600 "$PYTHON" bench/gpu_decode.py --time --json "$OUT/decode.json"
+stage decode_profile 120 "$PYTHON" bench/gpu_decode.py --profile
 stage micro 600 "$PYTHON" bench/gpu_micro.py --time --json "$OUT/micro.json"
 for op in nearest nearest_quantize quantize code_stats causal_attention decode_attention group_norm_silu cross_entropy \
   sample_logits; do

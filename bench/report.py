@@ -24,9 +24,9 @@ class Row(NamedTuple):
     dtype: str
     contestant: str
     ours: bool
-    p50: float
-    p20: float
-    p80: float
+    p50: float | None = None
+    p20: float | None = None
+    p80: float | None = None
     gb_s: float | None = None
     gflop_s: float | None = None
     roofline: float | None = None  # part of the measured ceiling, 1 = on it
@@ -41,6 +41,7 @@ class Row(NamedTuple):
     images_s: float | None = None
     of_read: float | None = None  # part of read_gb_s that reading each weight once per step takes
     read_gb_s: float | None = None  # streaming reads, in the same rounds
+    quality: Mapping[str, float] = {}  # of a packed model, as quality.py says
 
 
 def rows_of(
@@ -73,8 +74,11 @@ def rows_of(
 
 _HEAD = (
     "case", "dtype", "contestant", "p50 [p20-p80] ms", "tokens/s", "images/s", "% of read GB/s",
-    "GB/s", "GFLOP/s", "% roof", "+MiB", "misses", "ours is",
+    "GB/s", "GFLOP/s", "% roof", "+MiB", "misses", "nats", "loss", "agreement", "divergence",
+    "ours is",
 )  # fmt: skip
+
+_QUALITY = {"nats": ".4f", "loss": "+.3%", "agreement": ".2%", "divergence": ".5f"}
 
 
 def table(rows: list[Row]) -> str:
@@ -108,7 +112,7 @@ def _cells(r: Row) -> tuple[str, ...]:
         r.case,
         r.dtype,
         r.contestant,
-        f"{r.p50:.4g} [{r.p20:.4g}-{r.p80:.4g}]",
+        "-" if r.p50 is None else f"{r.p50:.4g} [{r.p20:.4g}-{r.p80:.4g}]",
         figure(r.tokens_s, ".4g"),
         ("<" if capped else "") + figure(r.images_s, ".3g"),  # later tokens take longer
         "-" if r.of_read is None else f"{100 * r.of_read:.0f} of {r.read_gb_s:.4g}",
@@ -117,6 +121,7 @@ def _cells(r: Row) -> tuple[str, ...]:
         figure(None if r.roofline is None else 100 * r.roofline, ".0f"),
         figure(r.extra_mib, ".1f"),
         ", ".join(f"{kind} {100 * x:.2g} %" for kind, x in r.misses.items()),
+        *(figure(r.quality.get(name), form) for name, form in _QUALITY.items()),
         "; ".join(x for x in (ratios, capped, r.note) if x),
     )
 

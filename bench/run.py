@@ -1,10 +1,11 @@
 """Benches: python bench/run.py --suite micro --op nearest
 
 Suites: micro (one op), model (encode, decode), train (a step of each stage), sample (cached
-decoding, and the command `vqfast sample`; all of it takes a quarter of an hour, --case chooses).
-The op's checks run first; without them passed there is no number (--no-gate prints UNVERIFIED).
-Opponents in bench/baselines run in the same interleaved rounds, those that are not installed are
-listed as absent. Times are p50 [p20-p80]. The last line is one JSON object.
+decoding, and the command `vqfast sample`; all of it takes a quarter of an hour, --case chooses),
+quality (what packed weights cost in loss; needs --data). The op's checks run first; without them
+passed there is no number (--no-gate prints UNVERIFIED). Opponents in bench/baselines run in the
+same interleaved rounds, those that are not installed are listed as absent. Times are p50 [p20-p80].
+The last line is one JSON object.
 """
 
 import argparse
@@ -20,14 +21,16 @@ import baselines
 import micro
 import networks
 import picture
+import quality
 import report
 import roofline
 import sampling
 import torch
 
+from vqfast.errors import CheckpointError, DataError
 from vqfast.testing.timing import environment
 
-SUITES = ("micro", "model", "train", "sample")
+SUITES = ("micro", "model", "train", "sample", "quality")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", help="micro: one of ours: cuda, triton, cpu, reference")
     p.add_argument(
         "--dtype",
-        help="fp32 (the default), fp16, bf16; sample: our precisions fp32, bf16, int8, int4 (all "
-        "by default), opponents in fp32 and bf16 accordingly; several with commas",
+        help="fp32 (the default), fp16, bf16; sample and quality: our precisions fp32, bf16, int8, "
+        "int4 (all by default), opponents in fp32 and bf16 accordingly; several with commas",
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, help="of torch, and so of our kernels")
@@ -54,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"seconds per case (20), sample: per contestant of a case ({sampling.BUDGET_S:g})",
     )
+    p.add_argument("--data", metavar="PATH", help="quality: pictures of the recipe, or their codes")
+    p.add_argument("--model", metavar="PATH", default=quality.MODEL, help="quality (the shipped)")
+    p.add_argument("--config", metavar="YAML", default=quality.RECIPE, help="quality: the recipe")
     p.add_argument("--base", metavar="REF", help="micro: another commit, built and run beside this")
     p.add_argument("--no-gate", action="store_true", help="skip the checks; prints UNVERIFIED")
     p.add_argument("--json", action="store_true", help="stdout holds the JSON object alone")
@@ -86,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows += part
                 absent |= missing
                 print(report.table(part), flush=True)
-    except ValueError as error:
+    except (ValueError, DataError, CheckpointError) as error:
         say(f"bench: {error}")
         return 2
     except (micro.RefusedError, against.BaseError) as error:
@@ -114,10 +120,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _suite(args: argparse.Namespace, say: Any) -> Any:
-    sample = args.suite == "sample"
-    known = tuple(sampling.BYTES if sample else micro.DTYPES)
-    dtypes = tuple(args.dtype.split(",")) if args.dtype else known if sample else ("fp32",)
-    budget = args.budget or (sampling.BUDGET_S if sample else 20.0)
+    decodes = args.suite in ("sample", "quality")
+    known = tuple(sampling.BYTES if decodes else micro.DTYPES)
+    dtypes = tuple(args.dtype.split(",")) if args.dtype else known if decodes else ("fp32",)
+    budget = args.budget or (sampling.BUDGET_S if args.suite == "sample" else 20.0)
     for name in dtypes:
         if name not in known:
             raise ValueError(f"--dtype must be out of {', '.join(known)}, got {name!r}")
@@ -134,7 +140,12 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
     if args.suite != "micro":
         if args.base or args.op or args.backend:
             raise ValueError("--base, --op and --backend belong to the suite micro")
-        return sampling.run(options, say) if sample else networks.run(args.suite, options, say)
+        if args.suite == "quality":
+            return quality.run(options, say, data=args.data, model=args.model, recipe=args.config)
+        suite = args.suite
+        return (
+            sampling.run(options, say) if suite == "sample" else networks.run(suite, options, say)
+        )
     if args.base:
         return against.run(args.base, options, say)
     return micro.run(options, say)

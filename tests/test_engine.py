@@ -50,14 +50,17 @@ def test_prefill_has_the_bits_of_single_steps(gpt, precision, each_backend):
     assert torch.equal(last, whole)
 
 
-def test_greedy_codes_are_those_of_full_passes(gpt, each_backend):
-    cond = _cond(2, 3)
-    codes = Engine(gpt, batch=2).generate(cond, 20, seed=0, temperature=0.0)
+def test_greedy_codes_are_those_of_full_passes(each_backend):
+    """At every position of the cache."""
+    gpt = make_gpt()
+    gpt.ln_f.bias.zero_()  # or one code wins nearly everywhere
+    cond, n = _cond(2, 3), SHAPE["block_size"] - 2
+    codes = Engine(gpt, batch=2).generate(cond, n, seed=0, temperature=0.0)
     found = torch.empty(2, 0, dtype=torch.int64)
-    for _ in range(20):
+    for _ in range(n - 1):
         logits = gpt(torch.cat([found, found.new_zeros(2, 1)], 1), cond)[:, -1]
         found = torch.cat([found, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(codes, found)
+    assert torch.equal(codes[:, :-1], found) and codes.unique().numel() > 5
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.01), ("int8", 0.02), ("int4", 0.3)])
@@ -87,6 +90,43 @@ def test_a_sample_is_the_same_alone_and_anywhere(gpt, precision, each_thread_cou
     assert (again(cond, 25, **{**options, "seed": 6}) != whole).any(1).all()
     assert (again(cond, 25, sample_index=1, **options) != whole).any(1).all()
     assert (again((cond + 1) % 37, 25, **options) != whole).any(1).sum() > 8
+
+
+def _random_placements(gpt, precision, count):
+    """How many of `count` draws of one sample, each at a random place of a batch of random size
+    among random others, differ from the sample drawn alone."""
+    g = torch.Generator().manual_seed(8)
+
+    def random(low, high, *shape):
+        return torch.randint(low, high, shape, generator=g)
+
+    options = {"seed": 11, "temperature": 3.0}
+    engine, mine = Engine(gpt, precision, batch=33), _cond(1, 2)
+    alone = engine.generate(mine, 6, sample_index=1000, **options)[0]
+    differ = 0
+    for _ in range(count):
+        b = int(random(1, 34))
+        place, cond, index = int(random(0, b)), random(0, 37, b, 2), random(0, 1000, b)
+        cond[place], index[place] = mine[0], 1000
+        got = engine.generate(cond, 6, sample_index=index, **options)
+        differ += not torch.equal(got[place], alone)
+    return differ
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_sample_is_the_same_at_64_random_placements(gpt, precision):
+    assert _random_placements(gpt, precision, 64) == 0
+
+
+def test_a_step_that_sees_its_batch_is_found(gpt, monkeypatch):
+    """The inverse: the check fails if logits depend on the number of rows."""
+    step = engine_module.decode_step
+
+    def sees(tokens, *args, **options):
+        return step(tokens, *args, **options) * (1 + 0.02 * len(tokens))
+
+    monkeypatch.setattr(engine_module, "decode_step", sees)
+    assert _random_placements(gpt, "fp32", 64) > 32
 
 
 def test_reference_is_invariant_too(gpt):

@@ -50,6 +50,30 @@ def test_philox_gives_the_published_words(word, answer):
     assert tuple(int(x) for x in got) == answer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_draw_at_positions_of_their_own(each_backend, each_thread_count, dtype):
+    logits = (2 * torch.randn(40, 23)).to(dtype)
+    at = torch.randint(9, (40,))
+    at[3] = 2**32 - 1
+    options = {"seed": 5, "top_k": 20, "top_p": 0.9, "sample_index": torch.arange(40)}
+    found = vqfast.sample_logits(logits, position=at, **options)
+    for b in range(40):
+        one = {**options, "sample_index": torch.tensor([b])}
+        assert found[b] == vqfast.sample_logits(logits[b : b + 1], position=int(at[b]), **one)
+    assert (found != vqfast.sample_logits(logits, position=0, **options)).any()
+    logits[7, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"sample 7 at position {int(at[7])}"):
+        vqfast.sample_logits(logits, position=at, **options)
+
+
+@pytest.mark.parametrize(
+    ("position", "error"), [(torch.zeros(3), TypeError), (torch.zeros(2, dtype=int), ValueError)]
+)
+def test_positions_of_the_wrong_kind_are_refused(position, error):
+    with pytest.raises(error, match="position"):
+        draw(torch.zeros(3, 5), position=position)
+
+
 def test_uniform_numbers_are_uniform_and_differ_by_every_key():
     index = torch.arange(100_000)
     u = uniform(3, index, 7)

@@ -26,10 +26,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from vqfast.ops._packed import matrix_bytes  # noqa: E402
+from vqfast.ops.decode_step import VECTORS_PER_LAYER, matrices  # noqa: E402
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -239,12 +242,28 @@ def _sample_logits():
     index = meta(8, dtype=torch.int64)
     for V, k, p in ((1024, 0, 1.0), (16384, 100, 0.9)):
         yield "sample_logits", (meta(8, V), index, 0.9, k, p, 7, 3)
+    yield "sample_logits", (meta(8, V), meta(2, 8, dtype=torch.int64), 0.9, k, p, 7, 0)
 
 
 def _decode_attention():
     for d, dtype in ((64, F32), (64, BF16), (100, F16), (256, F32)):
         cache = meta(8, 16, 576, d, dtype=dtype)
         yield "decode_attention", (meta(8, 16, d, dtype=dtype), cache, cache, 200)
+
+
+def _decode_step():
+    """Rows, bits, cache, heads, head dim, vocabulary; one layer."""
+    for R, bits, dtype, heads, d, V in (
+        (16, 16, BF16, 16, 64, 16384), (1, 32, F32, 16, 64, 16384), (64, 8, F32, 16, 64, 1024),
+        (64, 32, F32, 16, 64, 16384), (32, 16, BF16, 16, 64, 16384), (20, 4, F16, 10, 100, 1025),
+        (100, 16, BF16, 20, 64, 16384),
+    ):  # fmt: skip
+        E, S, row = heads * d, 576, meta(R, dtype=torch.int64)
+        cache = meta(1, R, heads, S, d, dtype=dtype)
+        size = sum(matrix_bytes(*shape, bits) for shape in matrices(1, E, V))
+        vectors, weights = meta((VECTORS_PER_LAYER + 2) * E), meta(size, dtype=torch.uint8)
+        rest = (cache, cache, meta(V, E), meta(S, E), vectors, weights, bits, R)
+        yield "decode_step", (row, row, row, *rest)
 
 
 def _nearest():
@@ -279,6 +298,7 @@ CASES = {
     "sample_logits": _sample_logits,
     "straight_through": _straight_through,
     "decode_attention": _decode_attention,
+    "decode_step": _decode_step,
 }
 
 
@@ -291,13 +311,19 @@ def test_every_kernel_file_has_cases():
 @pytest.fixture(scope="module")
 def compiled():
     """Compiled kernels of a file for an architecture, [(inputs of the op, Compiled)]; made once."""
-    made = {}
+    made, once = {}, {}
+
+    def build(launch, arch):
+        key = str((launch[0].__name__, *launch[1:], arch))  # layers launch equal kernels
+        if key not in once:
+            once[key] = Compiled(launch, arch)
+        return once[key]
 
     def of(name, arch):
         if (name, arch) not in made:
             with pytest.MonkeyPatch.context() as patch:
                 made[name, arch] = [
-                    (inputs, Compiled(launch, arch))
+                    (inputs, build(launch, arch))
                     for op, inputs in CASES[name]()
                     for launch in launches(patch, arch, op, *inputs)
                 ]

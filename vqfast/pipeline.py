@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from vqfast import checkpoints
 from vqfast.checkpoints import native
 from vqfast.engine import Engine
+from vqfast.engine.packing import PackedGPT, choose_precision, describe, load_packed
 from vqfast.errors import CheckpointError
 from vqfast.images import Image, to_pil
 from vqfast.models import conditioning as conditions
 from vqfast.models.gpt import GPT, GPTConfig
 from vqfast.models.vqgan import VQGAN
-from vqfast.sampling import check_request, draw, model_grid
+from vqfast.sampling import Request, check_request, draw, model_grid
 
 __all__ = ["Pipeline"]
 
@@ -33,7 +34,7 @@ class Pipeline:
 
     Args:
         tokenizer: VQGAN; its codes are tokens 0..n_codes - 1 of the transformer.
-        transformer: GPT over [condition ; codes in raster order].
+        transformer: GPT over [condition ; codes in raster order], or one that is packed.
         conditioning: what `models.conditioning.build` gives.
         metadata: plain JSON values that are kept in a saved model.
 
@@ -45,19 +46,19 @@ class Pipeline:
     def __init__(
         self,
         tokenizer: VQGAN,
-        transformer: GPT,
+        transformer: GPT | PackedGPT,
         conditioning: nn.Module,
         metadata: Mapping[str, Any] | None = None,
     ):
         for name, part, kind in (
             ("tokenizer", tokenizer, VQGAN),
-            ("transformer", transformer, GPT),
+            ("transformer", transformer, (GPT, PackedGPT)),
             ("conditioning", conditioning, nn.Module),
         ):
             if not isinstance(part, kind):
-                raise TypeError(
-                    f"{name} must be a vqfast {kind.__name__}, got {type(part).__name__}"
-                )
+                kinds = kind if isinstance(kind, tuple) else (kind,)
+                wanted = " or ".join(k.__name__ for k in kinds)
+                raise TypeError(f"{name} must be a vqfast {wanted}, got {type(part).__name__}")
         self.tokenizer, self.transformer = tokenizer.eval(), transformer.eval()
         self.conditioning = conditioning.eval()
         self.metadata = dict(metadata or {})
@@ -87,7 +88,8 @@ class Pipeline:
             config: for formats that keep it elsewhere: a YAML file or a mapping.
 
         Returns:
-            The pipeline in eval mode, float32, on the CPU. Global random state is left alone.
+            The pipeline in eval mode, float32, on the CPU. Global random state is left alone. Its
+            transformer is a PackedGPT where the file holds packed weights.
 
         Raises:
             CheckpointError: unreadable, unsafe or damaged file, one that holds no pipeline, or keys
@@ -114,11 +116,16 @@ class Pipeline:
         try:
             # nothing is drawn and no memory is taken until every shape is known to fit
             with torch.device("meta"):
-                transformer = GPT(GPTConfig.from_dict(ckpt.config["transformer"]))
+                config = GPTConfig.from_dict(ckpt.config["transformer"])
+                transformer: GPT | PackedGPT = GPT(config)
                 conditioning = conditions.build(ckpt.config["conditioning"], tokenizer)
         except (ValueError, TypeError, KeyError) as e:
             raise CheckpointError(f"{path}: {e}") from e
-        checkpoints.load_into(transformer, parts["transformer"], what=f"{path} (transformer)")
+        of = f"{path} (transformer)"
+        if "packed" in ckpt.config:
+            transformer = load_packed(config, ckpt.config["packed"], parts["transformer"], what=of)
+        else:
+            checkpoints.load_into(transformer, parts["transformer"], what=of)
         checkpoints.load_into(conditioning, parts["conditioning"], what=f"{path} (conditioning)")
         try:
             return cls(tokenizer, transformer, conditioning, ckpt.metadata)
@@ -130,6 +137,7 @@ class Pipeline:
         folder: str | Path,
         metadata: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        precision: str | None = None,
     ) -> None:
         """Write the native format (safetensors and config.json), atomically.
 
@@ -137,10 +145,20 @@ class Pipeline:
             folder: created if absent; a model already in it is replaced as a whole.
             metadata: plain JSON values kept beside the weights; None keeps the pipeline's own.
             dtype: stored dtype of the weights, e.g. torch.float16; None keeps theirs.
+            precision: "fp32", "bf16", "int8" or "int4" stores the transformer packed, as the engine
+                reads it: loading packs nothing, and "auto" then means this precision. Its
+                embeddings, biases and norms are stored like the other parts. None: as it is.
+
+        Raises:
+            ValueError: unknown precision or dtype, one that packed weights cannot give, or weights
+                that are not finite. OSError: the folder cannot be written.
         """
+        transformer = self.transformer
+        if precision is not None:
+            transformer = PackedGPT.of(transformer, precision)
         parts = {
             "tokenizer": self.tokenizer,
-            "transformer": self.transformer,
+            "transformer": transformer,
             "conditioning": self.conditioning,
         }
         config = {
@@ -148,6 +166,8 @@ class Pipeline:
             "transformer": self.transformer.config.to_dict(),
             "conditioning": self.conditioning.to_dict(),
         }
+        if isinstance(transformer, PackedGPT):
+            config["packed"] = describe(transformer)
         tensors = {
             f"{part}.{name}": value
             for part, module in parts.items()
@@ -160,7 +180,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.tok_emb.weight.device
+        table = self.transformer.tok_emb  # of a PackedGPT the tensor itself
+        return (table if isinstance(table, Tensor) else table.weight).device
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Moves all parts; returns self."""
@@ -216,7 +237,8 @@ class Pipeline:
                 further down and right. They draw different pictures.
             batch_size: sequences drawn side by side, one for an image or, in a larger picture, for
                 each row of codes in flight: ceil(W / trained width). It changes no result.
-            precision: of the transformer's weights: "fp32" (also "auto"), "bf16", "int8", "int4".
+            precision: of the transformer's weights: "fp32", "bf16", "int8" or "int4"; "auto" is
+                "fp32", or the one that they are packed in.
             cond: [m, Tc] int64 condition tokens, from `conditioning.encode`, for models that are
                 conditioned on a picture, of `size` too; image i gets cond[i % m].
             prefix: [m, k] int64, the first k codes of an image, which are kept; image i gets
@@ -234,7 +256,7 @@ class Pipeline:
             TypeError, ValueError: an argument is wrong or does not suit the model.
             NonFiniteError: the transformer's logits are not finite; names sample and position.
         """
-        request = check_request(self.tokenizer, self.conditioning, classes, n, **options)
+        request = self._request(classes, n, options)
         batches = list(draw(request, self._engine_for))
         return torch.cat(batches) if batches else torch.empty(0, *request.grid, dtype=torch.int64)
 
@@ -242,8 +264,12 @@ class Pipeline:
         self, classes: Any = None, n: int | None = None, **options: Any
     ) -> Iterator[Tensor]:
         """`sample_codes`, a batch [b, h, w] at a time. Arguments are checked before the first."""
+        return draw(self._request(classes, n, options), self._engine_for)
+
+    def _request(self, classes: Any, n: int | None, options: Mapping[str, Any]) -> Request:
         request = check_request(self.tokenizer, self.conditioning, classes, n, **options)
-        return draw(request, self._engine_for)
+        choose_precision(self.transformer, request.precision)
+        return request
 
     @torch.no_grad()
     def _picture(self, codes: Tensor) -> Image.Image:
@@ -262,11 +288,11 @@ class Pipeline:
 
     def _engine_for(self, precision: str, batch: int) -> Engine:
         """The last engine, if it has this precision, room for the batch and the present weights."""
-        precision = "fp32" if precision == "auto" else precision
+        precision = choose_precision(self.transformer, precision)
         # an in-place change of a weight raises its version; load_state_dict and optimizers do that
         weights = tuple(
             (p.data_ptr(), 0 if p.is_inference() else p._version)
-            for p in self.transformer.parameters()
+            for p in (*self.transformer.parameters(), *self.transformer.buffers())
         )
         key = (precision, weights)
         if self._engine is None or self._engine[0] != key or self._engine[1].batch < batch:

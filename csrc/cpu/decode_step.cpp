@@ -130,24 +130,26 @@ class Worker {
       : s(step), team_(team), vectors_(step.vectors), weights_(step.weights) {}
 
   void run() {
-    const int64_t E = s.E, F = 4 * E, first = s.R - s.n_logits;
+    const int64_t E = s.E, F = 4 * E, last = s.R - s.n_logits;
     team_.share(s.R, 1, [&](int64_t begin, int64_t end) { embed(begin, end); });
     for (int64_t layer = 0; layer < s.L; ++layer) {
       norm(0);
-      multiply(3 * E, E, rounded(s.normed, s.narrow), s.R, {s.qkv, s.ld, next(3 * E), put_biased},
+      multiply(3 * E, E, rounded(s.normed, s.narrow), 0, {s.qkv, s.ld, next(3 * E), put_biased},
                [&](int64_t begin, int64_t end) { append(layer, begin, end); });
-      attention(layer);
-      multiply(E, E, rounded(s.attended, s.narrow), s.R, {s.h, s.ld, next(E), add_biased});
-      norm(0);
-      multiply(F, E, rounded(s.normed, s.narrow), s.R, {s.hidden, s.ld, next(F), put_gelu},
+      // rows without logits have given the last layer all that others need
+      const int64_t first = layer < s.L - 1 ? 0 : last;
+      attention(layer, first);
+      multiply(E, E, rounded(s.attended, s.narrow), first, {s.h, s.ld, next(E), add_biased});
+      norm(first);
+      multiply(F, E, rounded(s.normed, s.narrow), first, {s.hidden, s.ld, next(F), put_gelu},
                [&](int64_t begin, int64_t end) {  // whole groups: the last one is padded by zeros
-                 for (int64_t r = 0; r < s.R; ++r) round(s.hidden, s.wide, s.Fp, r, begin, end);
+                 for (int64_t r = first; r < s.R; ++r) round(s.hidden, s.wide, s.Fp, r, begin, end);
                });
-      multiply(E, F, rounded(s.hidden, s.wide), s.R, {s.h, s.ld, next(E), add_biased});
+      multiply(E, F, rounded(s.hidden, s.wide), first, {s.h, s.ld, next(E), add_biased});
     }
-    norm(first);
-    multiply(s.V, E, rounded(s.normed, s.narrow) + first * s.ld, s.n_logits,
-             {s.logits, s.V, s.logits, put});  // no bias
+    norm(last);
+    multiply(s.V, E, rounded(s.normed, s.narrow), last,
+             {s.logits - last * s.V, s.V, s.logits, put});  // no bias
   }
 
  private:
@@ -173,13 +175,15 @@ class Worker {
 
   static void nothing(int64_t, int64_t) {}
 
-  // the next packed matrix [N, K] times R operands; then(begin, end) on what a thread has made
+  // the next packed matrix [N, K] times the rows from `first` on; then(begin, end) on what a thread
+  // has made
   template <class Then = void (&)(int64_t, int64_t)>
-  void multiply(int64_t N, int64_t K, const float* operands, int64_t R, const Output& to,
+  void multiply(int64_t N, int64_t K, const float* operands, int64_t first, Output to,
                 Then&& then = nothing) {
     const Matrix m{weights_, N, K};
+    to.y += first * to.ld;
     team_.share(padded(N, kPanel) / kPanel, 1, [&](int64_t begin, int64_t end) {
-      matmul<kBits, kNative>(m, begin, end, operands, s.ld, R, to);
+      matmul<kBits, kNative>(m, begin, end, operands + first * s.ld, s.ld, s.R - first, to);
       then(begin * kPanel, end * kPanel < N ? end * kPanel : N);
     });
     weights_ += matrix_bytes<kBits>(N, K);
@@ -227,11 +231,12 @@ class Worker {
     return ((layer * s.B + s.slot[r]) * s.H + head) * s.S * s.d;
   }
 
-  void attention(int64_t layer) {
+  // attended, rounded, from row `first` on
+  void attention(int64_t layer, int64_t first) {
     const bool whole = s.d % kGroup == 0 && s.E % kColumns == 0;  // heads are whole groups
-    team_.share(s.R * s.H, 1, [&](int64_t begin, int64_t end) {
+    team_.share((s.R - first) * s.H, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t r = i / s.H, head = i % s.H, at = cache_at(layer, r, head);
+        const int64_t r = first + i / s.H, head = i % s.H, at = cache_at(layer, r, head);
         attend(s.qkv + r * s.ld + head * s.d, s.k_cache.as<Cache>() + at,
                s.v_cache.as<Cache>() + at, s.position[r] + 1, s.d,
                s.attended + r * s.ld + head * s.d);
@@ -239,8 +244,9 @@ class Worker {
       }
     });
     if (kBits == 32 || whole) return;
-    team_.share(s.R, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) round(s.attended, s.narrow, s.Ep, r, 0, s.E);
+    team_.share(s.R - first, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = first + begin; r < first + end; ++r)
+        round(s.attended, s.narrow, s.Ep, r, 0, s.E);
     });
   }
 

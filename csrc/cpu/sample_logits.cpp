@@ -1,6 +1,6 @@
 // Computes: token[b] = one draw from softmax(top_k(logits[b] / temperature)) cut by top_p, or the
-//   argmax at temperature 0. Logits [B, V] float32, float16 or bfloat16; sample_index [B] int64 ->
-//   token [B] int64, -1 for a row without a distribution (NaN, +inf, or nothing but -inf).
+//   argmax at temperature 0. Logits [B, V] float32, float16 or bfloat16; sample_index int64 [B], or
+//   [2, B] with what is added to the position of each row -> token [B] int64, -1 for a row without a distribution (NaN, +inf, or nothing but -inf).
 // Contract: order temperature, top-k (ties of the k-th stay), softmax, top-p (falling logits, equal
 //   ones by token; the crossing token stays), draw: the first token in vocabulary order whose
 //   running sum exceeds u * total.
@@ -104,7 +104,8 @@ inline int64_t cut_by_top_p(Scratch& s, int64_t n, double top_p) {
 }
 
 template <class T>
-int64_t draw(const T* row, int64_t V, uint64_t sample, const Options& o, Scratch& s) {
+int64_t draw(const T* row, int64_t V, uint64_t sample, uint32_t position, const Options& o,
+             Scratch& s) {
   int64_t best = 0;
   for (int64_t v = 0; v < V; ++v) {
     const float x = to_float(row[v]);
@@ -126,7 +127,7 @@ int64_t draw(const T* row, int64_t V, uint64_t sample, const Options& o, Scratch
   if (o.top_p < 1) n = cut_by_top_p(s, n, o.top_p);
   double total = 0;
   for (int64_t i = 0; i < n; ++i) total += s.kept[i].p;
-  const double edge = uniform(o.seed, sample, o.position) * total;
+  const double edge = uniform(o.seed, sample, position) * total;
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     sum += s.kept[i].p;
@@ -138,12 +139,15 @@ int64_t draw(const T* row, int64_t V, uint64_t sample, const Options& o, Scratch
 template <class T>
 void run_typed(const Args& a, const Options& o) {
   const View &logits = a.t[0], &sample = a.t[1], &token = a.t[2];
-  const int64_t V = logits.shape[1];
-  parallel_for(a.threads, logits.shape[0], 1, [&](int64_t begin, int64_t end) {
+  const int64_t V = logits.shape[1], B = logits.shape[0];
+  const int64_t* index = sample.as<int64_t>();
+  const bool placed = sample.ndim == 2;  // a second row: what is added to each position
+  parallel_for(a.threads, B, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(V);
     for (int64_t b = begin; b < end; ++b)
-      token.as<int64_t>()[b] = draw(logits.as<T>() + b * V, V,
-                                    static_cast<uint64_t>(sample.as<int64_t>()[b]), o, scratch);
+      token.as<int64_t>()[b] =
+          draw(logits.as<T>() + b * V, V, static_cast<uint64_t>(index[b]),
+               o.position + static_cast<uint32_t>(placed ? index[B + b] : 0), o, scratch);
   });
 }
 

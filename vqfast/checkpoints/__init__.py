@@ -46,7 +46,7 @@ class Checkpoint:
         format: name of the format's file in this package.
         kind: "tokenizer" or "pipeline".
         config: tokenizer: fields of VQGANConfig; pipeline: {"tokenizer", "transformer",
-            "conditioning"}.
+            "conditioning"} and, where the transformer's weights are packed, "packed".
         tensors: finite, dense CPU tensors that share no memory with the file; a pipeline's names
             begin with "tokenizer.", "transformer." or "conditioning.".
         metadata: what the file says about itself (steps, data, licence).
@@ -169,7 +169,9 @@ def fit(
             bad.append(f"missing {name}")
         elif want.shape != got.shape:
             bad.append(f"{name} has shape {list(got.shape)}, the model {list(want.shape)}")
-        elif want.is_floating_point() != got.is_floating_point():
+        elif want.is_floating_point() != got.is_floating_point() or (
+            want.dtype == torch.uint8 != got.dtype  # bytes are no numbers to convert
+        ):
             bad.append(f"{name} has dtype {got.dtype}, the model {want.dtype}")
         else:
             fitting[name] = got

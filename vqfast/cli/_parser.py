@@ -235,7 +235,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add("--size", type=_size, metavar="HxW", help=large)
     rule = "where a window stands around its code; scene: a code further down and right"
     add("--window-rule", choices=_WINDOW_RULES, default="make_samples", help=rule)
-    add("--precision", choices=_PRECISIONS, default="auto", help="of the transformer (auto)")
+    add("--precision", choices=_PRECISIONS, default="auto", help="of the transformer (as stored)")
     _Flags(parser, ["device"])
     add("--out", metavar="DIR", help="one PNG per image (default: samples, unless --grid)")
     add("--grid", metavar="FILE.png", help="all images on one sheet")
@@ -339,7 +339,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="drop unexpected weights and set missing ones to zero",
     )
-    add("--precision", choices=["fp32", "fp16", "bf16"], help="of the stored weights (native)")
+    add(
+        "--precision",
+        choices=["fp32", "fp16", "bf16", "int8", "int4"],
+        help="of the stored weights (native): fp32, bf16, int8 and int4 pack a pipeline's "
+        "transformer as it is sampled from; fp16, and any of a tokenizer, is a dtype",
+    )
     _Flags(parser, ["overwrite", "json"])
 
 

@@ -6,14 +6,15 @@ function of (seed, sample index, condition) alone, bit for bit on one backend an
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vqfast import _check
+from vqfast.engine import graph
 from vqfast.engine.guidance import Guidance, guidance
-from vqfast.engine.packing import BITS, pack_gpt
+from vqfast.engine.packing import BITS, PackedGPT, choose_precision
 from vqfast.engine.step import OnStep, Step, check_on_step
 from vqfast.models.gpt import GPT
 from vqfast.ops import decode_step, sample_logits
@@ -27,26 +28,27 @@ class Engine:
     """Decodes up to `batch` sequences of one GPT side by side.
 
     Args:
-        gpt: the model; its weights are copied, so later changes do not show.
+        gpt: the model; its weights are copied, so later changes do not show. Those of a PackedGPT
+            are used as they are.
         precision: of weights: "fp32", "bf16", "int8" (a scale per row) or "int4" (a scale per 32
-            weights of a row). Sums are float32; activations are rounded as the products want them
-            (vqfast/ops/_packed.py); the cache is bfloat16 unless "fp32".
+            weights of a row); "auto" is that of the model, "fp32" unless it is packed. Sums are
+            float32; activations are rounded as the products want them (vqfast/ops/_packed.py); the
+            cache is bfloat16 unless "fp32".
         batch: most sequences at a time. Cache: 2·n_layer·block_size·n_embd values for each.
 
     Raises:
-        TypeError: gpt is not a vqfast.GPT. ValueError: unknown precision, batch < 1, or a GPT with
-            n_unmasked > 0, which no cache can serve.
+        TypeError: gpt is neither. ValueError: unknown precision, one that packed weights cannot
+            give, batch < 1, or a GPT with n_unmasked > 0, which no cache can serve.
     """
 
-    def __init__(self, gpt: GPT, precision: str = "fp32", batch: int = 8):
-        if not isinstance(gpt, GPT):
-            raise TypeError(f"gpt must be a vqfast.GPT, got {type(gpt).__name__}")
-        _check.choice("precision", precision, BITS)
+    _loops: ClassVar = {"cuda": graph.loop}  # by device; elsewhere `_loop`
+
+    def __init__(self, gpt: GPT | PackedGPT, precision: str = "auto", batch: int = 8):
+        if not isinstance(gpt, GPT | PackedGPT):
+            raise TypeError(f"gpt must be a vqfast.GPT or a PackedGPT, got {type(gpt).__name__}")
+        self.precision = choose_precision(gpt, precision)
         self.batch = _check.integer("batch", batch, low=1)
-        if gpt.config.n_unmasked:
-            raise ValueError(f"gpt must have n_unmasked = 0, got {gpt.config.n_unmasked}")
-        self.config, self.precision = gpt.config, precision
-        self._packed = pack_gpt(gpt, precision)
+        self.config, self._packed = gpt.config, PackedGPT.of(gpt, self.precision).packed
         self.device = self._packed.weights.device
         self._k_cache = self._v_cache = torch.empty(0)
         self._allocate(self.batch)
@@ -169,7 +171,8 @@ class Engine:
         out = torch.full((b, n), -1, dtype=torch.int64, device=self.device)
         if out.numel():
             try:
-                self._loop(out, cond, uncond, guide, index, position, on_step, options)
+                loop = self._loops.get(self.device.type, Engine._loop)
+                loop(self, out, cond, uncond, guide, index, position, on_step, options)
             finally:
                 self.reset()
         return out
@@ -231,6 +234,7 @@ class Engine:
         c = self.config
         shape = (c.n_layer, rows, c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        self._steps: dict[tuple, graph.Steps] = {}  # captured steps read and write one cache
         self._k_cache = self._v_cache = torch.empty(0)  # the old ones go first
         self._k_cache, self._v_cache = (empty_cache(shape, dtype, self.device) for _ in range(2))
 

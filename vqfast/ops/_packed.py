@@ -28,6 +28,8 @@ _OFFSET = {8: 128, 4: 8}  # added to a value, so that it is stored unsigned
 # int4 scales that are tried, as parts of the one that just holds the largest value of a group: a
 # smaller step for all may pay for clipping one
 _INT4_SCALES = (1.0, 0.93, 0.86, 0.79)
+_INT4_FITS = 2  # scales fitted to the rounded values by least squares, tried after those
+_INT4_CHUNK = 128  # groups of 64 rows that are rounded at a time: they stay in the cache
 
 
 def padded(n: int, to: int) -> int:
@@ -117,24 +119,35 @@ def _divisor(scale: Tensor) -> Tensor:
 
 
 def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """[panels, groups, 32, 64] -> bfloat16 scales [panels, groups, 64], nibbles uint8.
+    """[panels, groups, 32, 64] -> bfloat16 scales [panels, groups, 64], nibbles uint8."""
+    found = [_int4_search(some) for some in groups.flatten(0, 1).split(_INT4_CHUNK)]
+    scales, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scales.view(groups[:, :, 0].shape), values.view(groups.shape)
 
-    The extreme value of a group becomes -8, so a scale has the sign that makes it negative. Of a
-    few smaller scales the one with the least squared error wins, the first of equals.
+
+def _int4_search(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 32, 64] -> bfloat16 scales [n, 64] with the least squared error, nibbles uint8.
+
+    The extreme value of a group becomes -8, so a scale has the sign that makes it negative. The
+    first of equals wins; NaN in a group stays NaN in its scale.
     """
-    low, high = groups.amin(2), groups.amax(2)
-    extreme = torch.where(-low > high, low, high)  # [panels, groups, 64]; NaN if there is one
-    best_scale = best_values = best_error = None
-    for part in _INT4_SCALES:
-        scale = (extreme / -8 * part).bfloat16()
-        step = scale.float()[:, :, None]
-        values = (groups / _divisor(step)).round().clamp(-8, 7)
-        error = ((values * step - groups) ** 2).sum(2)
-        if best_error is None:
-            best_scale, best_values, best_error = scale, values, error
-            continue
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_values = torch.where(better[:, :, None], values, best_values)
-        best_error = torch.where(better, error, best_error)
-    return best_scale, (best_values + _OFFSET[4]).nan_to_num().to(torch.uint8)
+    low, high = groups.amin(1), groups.amax(1)
+    extreme = torch.where(-low > high, low, high)  # [n, 64]
+    best, least = (extreme / -8).bfloat16(), torch.full_like(extreme, torch.inf)
+    for trial in range(len(_INT4_SCALES) + _INT4_FITS):
+        if trial < len(_INT4_SCALES):
+            scale = extreme / -8 * _INT4_SCALES[trial]
+        else:
+            values = _int4_round(groups, best)
+            scale = (values * groups).sum(1) / _divisor(values.square().sum(1))
+        scale = scale.bfloat16()
+        off = (_int4_round(groups, scale) * scale.float()[:, None]).sub_(groups)
+        error = off.square_().sum(1)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best, (_int4_round(groups, best) + _OFFSET[4]).nan_to_num().to(torch.uint8)
+
+
+def _int4_round(groups: Tensor, scale: Tensor) -> Tensor:
+    """The values -8..7 of groups [n, 32, 64] by scales [n, 64]."""
+    return (groups / _divisor(scale.float())[:, None]).round_().clamp_(-8, 7)

@@ -9,6 +9,8 @@
 * u is Philox4x32-10 with key = seed and counter = (sample_index, position): a pure function, so
   that neither the batch size, the place in the batch nor the number of threads can matter.
   u = ((x0 >> 5)·2²⁶ + (x1 >> 6)) / 2⁵³.
+* The op takes sample_index [B], or [2, B] whose second row is added to `position`: rows may stand
+  at positions of their own, and a captured graph reads them from the device.
 * All is float64 on the float32 logits; half-precision logits are widened first, for they change
   what the k-th is.
 
@@ -50,7 +52,10 @@ def philox(key: tuple[int, int], counter: tuple[Tensor, ...]) -> tuple[Tensor, .
 def uniform(seed: int, sample_index: Tensor, position: int) -> Tensor:
     """[B] float64 in [0, 1), a pure function of (seed, sample_index, position)."""
     index = sample_index.long()
-    where = torch.full_like(index, position & _WORD)
+    where = torch.full_like(index, position)
+    if index.ndim == 2:
+        index, where = index[0], index[1] + position
+    where = where & _WORD
     x0, x1, _, _ = philox(
         (seed & _WORD, (seed >> 32) & _WORD),
         (index & _WORD, (index >> 32) & _WORD, where, torch.zeros_like(index)),
@@ -137,6 +142,28 @@ def check_options(
     return temperature, min(k, 2**62), p, seed - 2**64 if seed >= 2**63 else seed
 
 
+def draw(logits: Tensor, sample_index: Tensor, position: int | Tensor, options: tuple) -> Tensor:
+    """Like `sample_logits`, of checked arguments, with options as `check_options` gives them. It
+    never waits for the device: -1 stands where `sample_logits` raises (see `check_drawn`).
+    """
+    where = sample_index.long()
+    if isinstance(position, Tensor):
+        where, position = torch.stack([where, position.long().expand_as(where)]), 0
+    return _OP(logits.detach().contiguous(), where.contiguous(), *options, position)
+
+
+def check_drawn(token: Tensor, sample_index: Tensor, position: int | Tensor) -> None:
+    """NonFiniteError for the first -1 of tokens [B] that `draw` gave."""
+    if not bool((token < 0).any()):
+        return
+    row = int((token < 0).nonzero()[0])
+    at = int(position.expand_as(token)[row]) if isinstance(position, Tensor) else position
+    raise NonFiniteError(
+        f"logits of sample {int(sample_index[row])} at position {at} hold NaN or +inf, or nothing "
+        "but -inf"
+    )
+
+
 def sample_logits(
     logits: Tensor,
     *,
@@ -145,7 +172,7 @@ def sample_logits(
     top_p: float | None = None,
     seed: int,
     sample_index: Tensor,
-    position: int,
+    position: int | Tensor,
 ) -> Tensor:
     """Draw one token per row, after temperature, top-k, softmax and top-p in this order.
 
@@ -157,7 +184,7 @@ def sample_logits(
             None or 1: all.
         seed: 0..2⁶⁴ - 1.
         sample_index: [B] int64, which sample of the request each row belongs to.
-        position: >= 0, which token of the sample this is.
+        position: >= 0, which token of the sample this is; or [B] integers, of each row its own.
 
     Returns:
         [B] int64.
@@ -179,14 +206,14 @@ def sample_logits(
     if logits.shape[1] == 0:
         raise ValueError("logits must hold at least one token per row, got shape [B, 0]")
     options = check_options(temperature, top_k, top_p, seed)
-    position = _check.integer("position", position, low=0, high=_WORD)
-    token = _OP(logits.detach().contiguous(), sample_index.long().contiguous(), *options, position)
-    if bool((token < 0).any()):
-        row = int((token < 0).nonzero()[0])
-        raise NonFiniteError(
-            f"logits of sample {int(sample_index[row])} at position {position} hold NaN or +inf, "
-            "or nothing but -inf"
-        )
+    if isinstance(position, Tensor):
+        _check.integer_tensor("position", position)
+        _check.shape("position", position, logits.shape[:1], "to match the rows of logits")
+        _check.same_device("position", position, "logits", logits)
+    else:
+        position = _check.integer("position", position, low=0, high=_WORD)
+    token = draw(logits, sample_index, position, options)
+    check_drawn(token, sample_index, position)
     return token
 
 
