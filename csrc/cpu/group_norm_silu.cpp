@@ -14,7 +14,10 @@
 //   positions of all channels, with one accumulator per channel in L1; the runs' moments are merged
 //   in order between two parallel passes. What a unit is depends on the shape alone: equal bits for
 //   any number of threads.
-// Ladder: none measured yet.
+// Ladder (channels-last, 128 channels at 256px, 1 thread of Zen 5, 2026-11-25): sums in registers
+// and
+//   large pages for new outputs, float32 19.6 -> 7.6 ms, of which 12 were the clearing of small
+//   pages; bfloat16 6.6 -> 4.9, and 4.3 with a reciprocal of 14 bits in place of a division.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -147,8 +150,8 @@ VQFAST_INLINE VF silu(VF u) {
 #if VQFAST_LANES == 16
   // e^-u as vexp has it: scalef needs no care at the ends, and beyond 100 the quotient is u or -0.
   // The operands of min and max stand so that a NaN stays.
-  const __m512 c = _mm512_min_ps(_mm512_set1_ps(100.0f),
-                                 _mm512_max_ps(_mm512_set1_ps(-100.0f), (__m512)-u));
+  const __m512 c =
+      _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-100.0f), (__m512)-u));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 8);
   const VF N = (VF)n;
   if constexpr (kCoarse) {
@@ -310,7 +313,8 @@ void run_moments(const T* x, int64_t rows, const Shape& s, Moments* moments) {
     }
     for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < kN; ++i) mean[i] += load_n(x + r * s.C + c + i * kLanes, width) - shift[i];
+      for (int i = 0; i < kN; ++i)
+        mean[i] += load_n(x + r * s.C + c + i * kLanes, width) - shift[i];
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) mean[i] = mean[i] / static_cast<float>(rows);
     for (int64_t r = 0; r < rows; ++r)
