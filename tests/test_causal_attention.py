@@ -87,6 +87,12 @@ def test_huge_tiny_and_scaled_logits(sharp, options, each_backend):
     assert_within_budget(qkv(2, 2, 66, 64, sharp=sharp), **options)
 
 
+@pytest.mark.parametrize("T", [130, 300])
+def test_lse_fits_the_scores_of_the_backward_pass(T, each_backend):
+    # scores of hundreds: where forward and backward round them differently, the weights are off
+    assert_within_budget(qkv(2, 2, T, 64, sharp=100.0))
+
+
 def test_negative_scale_is_a_negated_query(each_backend):
     q, k, v = qkv(1, 2, 70, 24)  # torch's own kernel gives NaN here
     expected = vqfast.causal_attention(-q, k, v, scale=0.3)
@@ -197,6 +203,19 @@ def test_a_row_does_not_depend_on_its_batch(each_isa):
     whole = vqfast.causal_attention(*leaves)
     alone = vqfast.causal_attention(*(t[3:4, 1:2] for t in leaves))
     assert torch.equal(alone, whole[3:4, 1:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_share_the_rows_and_change_no_bit(dtype):
+    leaves, threads, found = qkv(1, 1, 700, 32, dtype), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):  # one head: the size of a unit of work depends on the threads
+            torch.set_num_threads(n)
+            with vqfast.backend("cpu"):
+                found.append(vqfast.causal_attention(*leaves))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_compiles_with_its_backward():

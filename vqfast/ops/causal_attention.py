@@ -169,8 +169,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
             number.
         ValueError: q is not 4-D, shapes or devices differ, d = 0, or scale is not finite.
 
-    Numerics: float32 sums and weights for every input dtype; the error against float64 is at most
-        twice (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the
+    Numerics: float32 sums for every input dtype; weights are float32, or bfloat16 for bfloat16
+        inputs on a CPU that multiplies them. The error against float64 is at most twice
+        (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the
         future may hold NaN. Equal results from run to run and for any number of threads. A row
         whose scores are all -inf gives zeros.
     Cost: 2·B·H·T·(T+1)·d flops, 2.5 times that backward; extra memory grows with T, never with T².
