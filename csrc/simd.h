@@ -136,7 +136,11 @@ VQFAST_INLINE void store(bf16* p, VF v) {
   const VI bits = (VI)v;  // round to nearest even; NaN stays NaN
   const VI rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const VI out = (v != v) ? ((bits >> 16) | 0x40) : rounded;
+#if VQFAST_LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)out));
+#else
   for (int i = 0; i < kLanes; ++i) p[i].bits = (uint16_t)out[i];
+#endif
 }
 template <class T>
 VQFAST_INLINE void store_n(T* p, VF v, int n) {

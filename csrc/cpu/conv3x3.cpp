@@ -1,207 +1,370 @@
-// Computes: y[b, i, j, o] = bias[o] + sum_{p, q, c} x[b, i + p - 1, j + q - 1, c] w[o, p, q, c],
-//   zero outside of x: a 3x3 convolution of stride 1 and padding 1. x [B, H, W, C], w [O, 3, 3, C],
-//   bias [O], y [B, H, W, O], all contiguous (NCHW tensors in channels_last order).
+// Computes: y[b, i, j, o] = bias[o] + r[b, i, j, o]
+//                         + sum_{p, q, c} x'[b, i + p - 1, j + q - 1, c] w[o, p, q, c],
+//   x' = x, or x with each pixel doubled to 2x2 (s[0] = 2), zero outside: a 3x3 convolution of
+//   stride 1 and padding 1. x [B, H, W, C], w [O, 3, 3, C], bias [O], r (or none) and y
+//   [B, s H, s W, O], all contiguous (NCHW tensors in channels_last order) and of one type.
 //
 // Contract: any H, W, C, O; small problems are refused, as transforming the weights would not pay.
 //
 // Numerics: Winograd F(2x2, 3x3): y = A'[(G w G') . (B' x B)]A, each of the 16 products summed over
-//   c in blocks of kChain channels, each one chain of float32 multiply-adds. The error is about
-//   that of a direct sum; a NaN or infinity spreads over the 2x2 outputs of its tiles. An output
-//   does not depend on B, its place in the batch, or the threads.
+//   c in blocks of kChain words of channels, each one chain of float32 multiply-adds. Float32: the
+//   error is about that of a direct sum. Bfloat16: transforms are computed in float32, and both
+//   factors rounded before they meet; bias and r are added in float32 and the result rounded once.
+//   The rounding of the factors costs 2.4 times the rounding of the result on random data (root
+//   mean square), 1.1 to 1.3 times in the maximum norm, and a residual connection here has one
+//   rounding less than two ops. A NaN or infinity spreads over the 2x2 outputs of its tiles. An
+//   output does not depend on B, its place in the batch, or the threads.
 //
-// Shape of the code: 16 C O / 4 multiply-adds per output in place of 9 C O: 2.25 times fewer. A
-//   thread takes blocks of 2x2 output tiles: their transformed inputs V [16, tiles, C] stay in L2
-//   while panels of 2 kLanes outputs pass by; a register tile is kRows tiles x 2 vectors.
-//   Transformed weights are packed [panel, 16, C, 2 kLanes] first.
+// Shape of the code: 16 C O / 4 multiply-adds per output in place of 9 C O: 2.25 times fewer. On
+//   doubled pixels the third row and column of B' x B vanish, so that 9 of the 16 products are
+//   left: 4 times fewer. A thread takes blocks of 2x2 output tiles: their transformed inputs V
+//   [F, tiles, C] stay in L2 while panels of 2 kLanes outputs pass by; a register tile is kRows
+//   tiles x 2 vectors. Transformed weights are packed [panel, F, C, 2 kLanes] first, two channels
+//   to a word in bfloat16.
 //
 // Ladder: one chain over all of C had 2.3 times the error of torch's NCHW convolution at C = 512;
-//   chains of 64 channels, whose weights stay in L1, have 0.7 times (2026-11-23).
+//   chains of 64 channels, whose weights stay in L1, have 0.7 times (2026-11-23). 128 channels at
+//   256px, 1 thread of Zen 5 (2026-11-25): float32 57.9 -> 43.5 ms with large pages for y; bfloat16
+//   55 with sums that gcc kept in memory, 23 in registers, 21.9 with products of 48 tiles at a
+//   time, of which 17 are at the limit of vdpbf16ps; oneDNN's direct one takes 37.
 #include <algorithm>
-#include <vector>
 
 #include "kernel.h"
+#include "large_pages.h"
 #include "parallel.h"
 
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* too_small(const Args& a) {
+const char* why_not(const Args& a) {
   const View &x = a.t[0], &w = a.t[1];
-  if (x.shape[1] * x.shape[2] < 1024) return "fewer than 1024 positions";
+  if (x.dtype != w.dtype || x.dtype != a.t[2].dtype) return "inputs differ in dtype";
+  if (a.t[3].data && a.t[3].dtype != x.dtype) return "inputs differ in dtype";
+  const int64_t positions = x.shape[1] * x.shape[2] * a.s[0].i * a.s[0].i;
+  if (positions < 1024) return "fewer than 1024 positions of the result";
   if (x.shape[3] < 32 || w.shape[0] < 32) return "fewer than 32 channels";
   return nullptr;
 }
 }  // namespace
-REFUSES(conv3x3, too_small)
+REFUSES(conv3x3, why_not)
 }  // namespace vqfast
 #endif
 
 #define VQFAST_THIS_FILE "cpu/conv3x3.cpp"
 #include "foreach_isa.h"
+// clang-format off: simd.h comes first
 #include "simd.h"
+#include "packed_dot.h"
+// clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;            // outputs of a register tile
+constexpr int kWide = 2 * kLanes;             // outputs of a register tile
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
-constexpr int64_t kChain = 64;                // channels of one chain; its weights fit L1
-constexpr int64_t kBlockBytes = 768 << 10;    // of V; the rest of L2 holds a panel of weights
+constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
+constexpr int64_t kBlockBytes = 512 << 10;    // of V; the rest of L2 holds weights and products
+constexpr int64_t kSub = 48;                  // tiles of a block whose products are held at a time
 
-struct Shape {
-  int64_t B, H, W, C, O, across, tiles;  // tiles: 2x2 outputs, of one image row by row
-  Shape(const Args& a)
+// kDoubled: the pixels of x are doubled. kNative: vdpbf16ps and its rounding are there.
+template <class T, bool kDoubled, bool kNative>
+struct Conv {
+  static constexpr int kPer = 4 / sizeof(T);      // channels to a word
+  static constexpr int kTaps = kDoubled ? 3 : 4;  // rows and columns of a transformed tile
+  static constexpr int kF = kTaps * kTaps;
+  static constexpr int64_t kStep = kDoubled ? 1 : 2;  // pixels of x from tile to tile
+
+  int64_t B, H, W, C, O, words, down, across, tiles, panels, block;
+  int threads;
+  const T *x, *w, *bias, *residual;
+  T* y;
+
+  explicit Conv(const Args& a)
       : B(a.t[0].shape[0]),
         H(a.t[0].shape[1]),
         W(a.t[0].shape[2]),
         C(a.t[0].shape[3]),
         O(a.t[1].shape[0]),
-        across((W + 1) / 2),
-        tiles((H + 1) / 2 * across) {}
-  int64_t panels() const { return (O + kPanel - 1) / kPanel; }
-  int64_t block() const {  // tiles at a time, a multiple of kRows
-    return std::max<int64_t>(kRows, kBlockBytes / (64 * C) / kRows * kRows);
+        words((C + kPer - 1) / kPer),
+        down(kDoubled ? H : (H + 1) / 2),
+        across(kDoubled ? W : (W + 1) / 2),
+        tiles(down * across),
+        panels((O + kWide - 1) / kWide),
+        threads(a.threads),
+        x(a.t[0].as<T>()),
+        w(a.t[1].as<T>()),
+        bias(a.t[2].as<T>()),
+        residual(a.t[3].as<T>()),
+        y(a.t[4].as<T>()) {
+    // equal blocks, so that the threads have equal work
+    const int64_t most = std::max<int64_t>(kRows, kBlockBytes / (4 * kF * words) / kRows * kRows);
+    const int64_t n = std::max<int64_t>(1, (B * tiles + most - 1) / most);
+    block = ((B * tiles + n - 1) / n + kRows - 1) / kRows * kRows;
+  }
+
+  VQFAST_INLINE static void put(float* p, VF v, int n) { store_n(p, v, n); }
+  VQFAST_INLINE static void put(bf16* p, VF v, int n) {
+#if VQFAST_LANES == 16
+    if constexpr (kNative) {
+      __m256i half;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
+      return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), half);
+    }
+#endif
+    store_n(p, v, n);
+  }
+
+  // of four values those that are not zero on doubled pixels
+  VQFAST_INLINE static int at(int tap) { return kDoubled && tap == 2 ? 3 : tap; }
+
+  // G g G' of n channels of one output -> to[f * kWide * kLanes words]
+  VQFAST_INLINE void transform_weight(const T* from, int n, T* to) const {
+    VF rows[4][3];
+#pragma GCC unroll 3
+    for (int q = 0; q < 3; ++q) {
+      VF g[3];
+#pragma GCC unroll 3
+      for (int p = 0; p < 3; ++p) g[p] = n ? load_n(from + (p * 3 + q) * C, n) : VF{};
+      const VF ends = g[0] + g[2];
+      rows[0][q] = g[0];
+      rows[1][q] = (ends + g[1]) * 0.5f;
+      rows[2][q] = (ends - g[1]) * 0.5f;
+      rows[3][q] = g[2];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTaps; ++i) {
+      const VF* r = rows[at(i)];
+      const VF ends = r[0] + r[2];
+      const VF u[4] = {r[0], (ends + r[1]) * 0.5f, (ends - r[1]) * 0.5f, r[2]};
+#pragma GCC unroll 4
+      for (int j = 0; j < kTaps; ++j)
+        put(to + (i * kTaps + j) * kWide * kLanes * kPer, u[at(j)], kLanes);
+    }
+  }
+
+  // words [from, from + kLanes) of the transformed weights of one panel -> tile [kF, kWide, kLanes]
+  void transform_weights(int64_t panel, int64_t from, int32_t* tile) const {
+    for (int o = 0; o < kWide; ++o)
+      for (int part = 0; part < kPer; ++part) {
+        const int64_t c = from * kPer + part * kLanes, row = panel * kWide + o;
+        const int n = row < O ? static_cast<int>(std::clamp<int64_t>(C - c, 0, kLanes)) : 0;
+        T* to = reinterpret_cast<T*>(tile + o * kLanes) + part * kLanes;
+        if (n == kLanes)
+          transform_weight(w + row * 9 * C + c, kLanes, to);
+        else
+          transform_weight(w + row * 9 * C + c, n, to);
+      }
+  }
+
+  // [kLanes, kLanes] words -> transposed, n rows of it, kWide apart
+  static void transpose(const int32_t* from, int64_t n, int32_t* to) {
+    VI rows[kLanes], lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = load_int(from + i * kLanes);
+#pragma GCC unroll 4
+    for (int d = 1; d < kLanes; d *= 2) {
+      // lanes d and more from the other row; kLanes + i is lane i of the second operand
+      const VI low = (lane & d) ? lane - d + kLanes : lane,
+               high = (lane & d) ? lane + kLanes : lane + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (!(i & d)) {
+          const VI a = rows[i], b = rows[i + d];
+          rows[i] = __builtin_shuffle(a, b, low);
+          rows[i + d] = __builtin_shuffle(a, b, high);
+        }
+    }
+    for (int i = 0; i < n; ++i) __builtin_memcpy(to + i * kWide, &rows[i], sizeof(VI));
+  }
+
+  // G g G' of the weights of one panel -> packed [kF, words, kWide]
+  void pack(int64_t panel, int32_t* tile, int32_t* packed) const {
+    for (int64_t from = 0; from < words; from += kLanes) {
+      transform_weights(panel, from, tile);
+      const int64_t n = std::min<int64_t>(kLanes, words - from);
+      for (int f = 0; f < kF; ++f)
+        for (int half = 0; half < kWide; half += kLanes)
+          transpose(tile + (f * kWide + half) * kLanes, n,
+                    packed + (f * words + from) * kWide + half);
+    }
+  }
+
+  VQFAST_INLINE static void combine(VF* t, const VF* d) {  // a column or row of B' d
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[1] - d[3];
+  }
+  VQFAST_INLINE static void combine_doubled(VF* t, const VF* d) {  // d a b b c, the zero left out
+    t[0] = d[0] - d[1];
+    t[1] = d[1] + d[1];
+    t[2] = d[1] - d[2];
+  }
+
+  // B' d B of the inputs of one tile -> v[f * stride + c]; zeros: a pixel of zeros
+  void transform_input(int64_t tile, const T* zeros, T* v, int64_t stride) const {
+    const T* image = x + tile / tiles * H * W * C;
+    const int64_t top = tile % tiles / across * kStep - 1, left = tile % across * kStep - 1;
+    const T* from[kTaps][kTaps];
+    for (int i = 0; i < kTaps; ++i)
+      for (int j = 0; j < kTaps; ++j) {
+        const int64_t row = top + i, column = left + j;
+        const bool inside = row >= 0 && row < H && column >= 0 && column < W;
+        from[i][j] = inside ? image + (row * W + column) * C : zeros;
+      }
+    const auto channels = [&](int64_t c, int n, int written) __attribute__((always_inline)) {
+      VF t[4][4];  // [column][row]
+#pragma GCC unroll 4
+      for (int j = 0; j < kTaps; ++j) {
+        VF d[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTaps; ++i) d[i] = load_n(from[i][j] + c, n);
+        kDoubled ? combine_doubled(t[j], d) : combine(t[j], d);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kTaps; ++i) {
+        const VF d[4] = {t[0][i], t[1][i], t[2][i], t[kTaps - 1][i]};
+        VF to[4];
+        kDoubled ? combine_doubled(to, d) : combine(to, d);
+#pragma GCC unroll 4
+        for (int j = 0; j < kTaps; ++j) put(v + (i * kTaps + j) * stride + c, to[j], written);
+      }
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= C; c += kLanes) channels(c, kLanes, kLanes);
+    // a word's second channel that does not exist is zero
+    if (c < C) channels(c, static_cast<int>(C - c), static_cast<int>(words * kPer - c));
+  }
+
+  // m [kRows, kWide] = v [kRows, n of words] u [n, kWide], or += if add. Every loop over the rows
+  // is unrolled by hand, the first one too: one that is not keeps the sums in memory.
+  __attribute__((noinline)) static void multiply(const int32_t* v, int64_t words, const int32_t* u,
+                                                 int64_t n, bool add, float* m) {
+    VF low[kRows], high[kRows];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) low[r] = high[r] = VF{};
+    for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
+      const VI u0 = load_int(u), u1 = load_int(u + kLanes);
+      const int32_t* row = v;
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r, row += words) {
+        const VI each = every_lane(row);
+        if constexpr (kPer == 2) {
+          dot2<kNative>(low[r], u0, each);
+          dot2<kNative>(high[r], u1, each);
+        } else {
+          low[r] = fma((VF)each, (VF)u0, low[r]);
+          high[r] = fma((VF)each, (VF)u1, high[r]);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      float* to = m + r * kWide;
+      store(to, add ? load(to) + low[r] : low[r]);
+      store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
+    }
+  }
+
+  // A' m A of one tile and panel, plus bias and residual -> y; m[f * stride + o]
+  void transform_output(const float* m, int64_t stride, int64_t tile, int64_t panel) const {
+    const int64_t rows = down * 2 - (!kDoubled && H % 2),
+                  columns = across * 2 - (!kDoubled && W % 2);
+    const int64_t top = tile % tiles / across * 2, left = tile % across * 2;
+    const int64_t start = tile / tiles * rows * columns * O;
+    for (int half = 0; half < kWide; half += kLanes) {
+      const int64_t o = panel * kWide + half;
+      if (o >= O) return;
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, O - o));
+      VF t[4][2];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTaps; ++j) {
+        VF d[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * stride + half);
+        t[j][0] = kDoubled ? d[0] + d[1] : d[0] + d[1] + d[2];
+        t[j][1] = kDoubled ? d[1] - d[2] : d[1] - d[2] - d[3];
+      }
+      const VF b = load_n(bias + o, n);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        if (top + i >= rows) break;
+        const VF first = t[0][i] + t[1][i], last = t[1][i] - t[2][i];
+        const VF out[2] = {(kDoubled ? first : first + t[2][i]) + b,
+                           (kDoubled ? last : last - t[kTaps - 1][i]) + b};
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          if (left + j >= columns) break;
+          const int64_t to = start + ((top + i) * columns + left + j) * O + o;
+          put(y + to, residual ? out[j] + load_n(residual + to, n) : out[j], n);
+        }
+      }
+    }
+  }
+
+  // tiles [begin, begin + count), panels [first, last)
+  void run_block(int64_t begin, int64_t count, int64_t first, int64_t last, const int32_t* packed,
+                 const T* zeros, int32_t* v, float* m) const {
+    for (int64_t t = 0; t < count; ++t)
+      transform_input(begin + t, zeros, reinterpret_cast<T*>(v + t * words), block * words * kPer);
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t sub = 0; sub < count; sub += kSub) {
+        const int64_t n = std::min(kSub, count - sub);
+        for (int f = 0; f < kF; ++f) {
+          const int32_t* u = packed + (p * kF + f) * words * kWide;
+          for (int64_t k = 0; k < words; k += kChain)
+            // rows past count hold what an earlier block left: computed, never stored
+            for (int64_t t = 0; t < n; t += kRows)
+              multiply(v + (f * block + sub + t) * words + k, words, u + k * kWide,
+                       std::min(kChain, words - k), k > 0, m + (f * kSub + t) * kWide);
+        }
+        for (int64_t t = 0; t < n; ++t)
+          transform_output(m + t * kWide, kSub * kWide, begin + sub + t, p);
+      }
+  }
+
+  void run() const {
+    if (B == 0) return;
+    const int64_t panel_size = kF * words * kWide, blocks = (B * tiles + block - 1) / block;
+    prefer_large_pages(y, static_cast<size_t>(B * tiles * 4 * O) * sizeof(T));
+    const auto packed = scratch<int32_t>(panels * panel_size);
+    parallel_for(threads, panels, 1, [&](int64_t from, int64_t to) {
+      const auto tile = scratch<int32_t>(kF * kWide * kLanes);
+      for (int64_t p = from; p < to; ++p) pack(p, tile.get(), packed.get() + p * panel_size);
+    });
+    // few blocks: their panels are shared out too, and each share transforms the input again
+    const int64_t shares = blocks >= 8 * threads ? 1 : std::min<int64_t>(panels, 4);
+    parallel_for(threads, blocks * shares, 1, [&](int64_t from, int64_t to) {
+      const auto v = scratch<int32_t>(kF * block * words);
+      const auto m = scratch<float>(kF * kSub * kWide);
+      const auto zeros = scratch<T>(C);
+      std::fill_n(zeros.get(), C, T{});
+      for (int64_t unit = from; unit < to; ++unit) {
+        const int64_t begin = unit / shares * block, share = unit % shares;
+        run_block(begin, std::min(block, B * tiles - begin), panels * share / shares,
+                  panels * (share + 1) / shares, packed.get(), zeros.get(), v.get(), m.get());
+      }
+    });
   }
 };
 
-// G g G' of the weights of one panel -> packed [16, C, kPanel]
-void transform_weights(const float* w, const Shape& s, int64_t panel, float* packed) {
-  const int n = static_cast<int>(std::min<int64_t>(kPanel, s.O - panel * kPanel));
-  float g[9][kPanel] = {};
-  for (int64_t c = 0; c < s.C; ++c) {
-    for (int o = 0; o < n; ++o)
-      for (int k = 0; k < 9; ++k) g[k][o] = w[((panel * kPanel + o) * 9 + k) * s.C + c];
-    for (int half = 0; half < kPanel; half += kLanes) {
-      VF rows[4][3];
-      for (int q = 0; q < 3; ++q) {
-        const VF a = load(g[q] + half), b = load(g[3 + q] + half), d = load(g[6 + q] + half);
-        rows[0][q] = a;
-        rows[1][q] = (a + b + d) * 0.5f;
-        rows[2][q] = (a - b + d) * 0.5f;
-        rows[3][q] = d;
-      }
-      for (int i = 0; i < 4; ++i) {
-        const VF a = rows[i][0], b = rows[i][1], d = rows[i][2];
-        const VF u[4] = {a, (a + b + d) * 0.5f, (a - b + d) * 0.5f, d};
-        for (int j = 0; j < 4; ++j) store(packed + ((i * 4 + j) * s.C + c) * kPanel + half, u[j]);
-      }
-    }
-  }
-}
-
-// B' d B of the 4x4 inputs of one tile -> v[f * stride + c]
-void transform_input(const float* x, const Shape& s, int64_t tile, float* v, int64_t stride) {
-  const float* image = x + tile / s.tiles * s.H * s.W * s.C;
-  const int64_t top = tile % s.tiles / s.across * 2 - 1, left = tile % s.across * 2 - 1;
-  const float* at[4][4];  // null outside
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = top + i, column = left + j;
-      const bool inside = row >= 0 && row < s.H && column >= 0 && column < s.W;
-      at[i][j] = inside ? image + (row * s.W + column) * s.C : nullptr;
-    }
-  for (int64_t c = 0; c < s.C; c += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, s.C - c));
-    VF t[4][4];
-    for (int j = 0; j < 4; ++j) {
-      VF d[4];
-      for (int i = 0; i < 4; ++i) d[i] = at[i][j] ? load_n(at[i][j] + c, n) : VF{};
-      t[0][j] = d[0] - d[2];
-      t[1][j] = d[1] + d[2];
-      t[2][j] = d[2] - d[1];
-      t[3][j] = d[1] - d[3];
-    }
-    for (int i = 0; i < 4; ++i) {
-      float* to = v + i * 4 * stride + c;
-      store_n(to, t[i][0] - t[i][2], n);
-      store_n(to + stride, t[i][1] + t[i][2], n);
-      store_n(to + 2 * stride, t[i][2] - t[i][1], n);
-      store_n(to + 3 * stride, t[i][1] - t[i][3], n);
-    }
-  }
-}
-
-// m [kRows, kPanel] = v [kRows, n of C] u [n, kPanel], or += if add
-VQFAST_INLINE void multiply(const float* v, const float* u, int64_t C, int64_t n, bool add,
-                            float* m) {
-  VF low[kRows] = {}, high[kRows] = {};
-  for (int64_t c = 0; c < n; ++c) {
-    const VF u0 = load(u + c * kPanel), u1 = load(u + c * kPanel + kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const VF x = broadcast(v[r * C + c]);
-      low[r] = fma(x, u0, low[r]);
-      high[r] = fma(x, u1, high[r]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    float* to = m + r * kPanel;
-    store(to, add ? load(to) + low[r] : low[r]);
-    store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
-  }
-}
-
-// A' m A of one tile and panel, plus bias -> y; m[f * stride + o]
-void transform_output(const float* m, int64_t stride, const Shape& s, int64_t tile, int64_t panel,
-                      const float* bias, float* y) {
-  const int64_t top = tile % s.tiles / s.across * 2, left = tile % s.across * 2;
-  float* image = y + tile / s.tiles * s.H * s.W * s.O;
-  for (int half = 0; half < kPanel; half += kLanes) {
-    const int64_t o = panel * kPanel + half;
-    if (o >= s.O) return;
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, s.O - o));
-    VF t[2][4];
-    for (int j = 0; j < 4; ++j) {
-      VF d[4];
-      for (int i = 0; i < 4; ++i) d[i] = load(m + (i * 4 + j) * stride + half);
-      t[0][j] = d[0] + d[1] + d[2];
-      t[1][j] = d[1] - d[2] - d[3];
-    }
-    const VF b = load_n(bias + o, n);
-    for (int i = 0; i < 2; ++i) {
-      if (top + i >= s.H) break;
-      float* to = image + ((top + i) * s.W + left) * s.O + o;
-      store_n(to, t[i][0] + t[i][1] + t[i][2] + b, n);
-      if (left + 1 < s.W) store_n(to + s.O, t[i][1] - t[i][2] - t[i][3] + b, n);
-    }
-  }
+template <class T, bool kNative>
+void run_doubled(const Args& a) {
+  if (a.s[0].i == 2) return Conv<T, true, kNative>(a).run();
+  Conv<T, false, kNative>(a).run();
 }
 
 void run(const Args& a) {
-  const Shape s(a);
-  const float *x = a.t[0].as<float>(), *w = a.t[1].as<float>(), *bias = a.t[2].as<float>();
-  float* y = a.t[3].as<float>();
-  const int64_t panel_size = 16 * s.C * kPanel, block = s.block();
-  std::vector<float> packed(static_cast<size_t>(s.panels() * panel_size));
-  parallel_for(a.threads, s.panels(), 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) transform_weights(w, s, p, packed.data() + p * panel_size);
-  });
-  parallel_for(a.threads, s.B * s.tiles, block, [&](int64_t from, int64_t to) {
-    std::vector<float> v(static_cast<size_t>(16 * block * s.C));
-    std::vector<float> m(static_cast<size_t>(16 * block * kPanel));
-    for (int64_t begin = from; begin < to; begin += block) {
-      const int64_t count = std::min(block, to - begin);
-      for (int64_t t = 0; t < count; ++t)
-        transform_input(x, s, begin + t, v.data() + t * s.C, block * s.C);
-      for (int64_t p = 0; p < s.panels(); ++p) {
-        for (int f = 0; f < 16; ++f) {
-          const float* u = packed.data() + p * panel_size + f * s.C * kPanel;
-          float* mf = m.data() + f * block * kPanel;
-          for (int64_t c = 0; c < s.C; c += kChain)
-            // rows past count hold what an earlier block left: computed, never stored
-            for (int64_t t = 0; t < count; t += kRows)
-              multiply(v.data() + (f * block + t) * s.C + c, u + c * kPanel, s.C,
-                       std::min(kChain, s.C - c), c > 0, mf + t * kPanel);
-        }
-        for (int64_t t = 0; t < count; ++t)
-          transform_output(m.data() + t * kPanel, block * kPanel, s, begin + t, p, bias, y);
-      }
-    }
-  });
+  if (a.t[0].dtype == DType::f32) return run_doubled<float, false>(a);
+#if VQFAST_LANES == 16
+  if (has_avx512_bf16()) return run_doubled<bf16, true>(a);
+#endif
+  run_doubled<bf16, false>(a);
 }
 
 }  // namespace
 
-KERNEL(conv3x3, "f32 f32 f32 -> f32", run)
+KERNEL(conv3x3, "f32|bf16 f32|bf16 f32|bf16 f32|bf16? -> f32|bf16", run)
 
 }  // namespace vqfast::VQFAST_ISA

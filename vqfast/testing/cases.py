@@ -80,12 +80,16 @@ CASES: tuple[Case, ...] = (
     _case("group_norm_silu", "edge_one_pixel", "edge", B=3, C=32, H=1, W=1, groups=8),
     _case("group_norm_silu", "edge_primes", "edge", B=1, C=39, H=5, W=11, groups=13),
     _case("group_norm_silu", "edge_b0", "edge", B=0, C=32, H=2, W=2, groups=32),
-    # ---- 3x3 convolution (the kernel takes 1024 positions and 32 channels, or more)
+    # ---- 3x3 convolution (the kernel takes 1024 positions of y and 32 channels, or more)
     _case("conv3x3", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
     _case("conv3x3", "vqgan_128px", "bench", B=1, C=256, O=256, H=128, W=128),
     _case("conv3x3", "vqgan_32px", "bench", B=4, C=512, O=256, H=32, W=32),
+    _case("conv3x3", "vqgan_up", "bench", B=1, C=128, O=128, H=128, W=128, scale=2),
     _case("conv3x3", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
+    _case("conv3x3", "smoke_residual", "smoke", B=1, C=40, O=36, H=33, W=32, residual=1),
+    _case("conv3x3", "smoke_doubled", "smoke", B=2, C=35, O=40, H=17, W=16, scale=2),
     _case("conv3x3", "edge_odd", "edge", B=1, C=37, O=67, H=41, W=25),
+    _case("conv3x3", "edge_doubled", "edge", B=1, C=33, O=67, H=1, W=257, scale=2, residual=1),
     _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
     _case("conv3x3", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
     *(
