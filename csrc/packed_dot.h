@@ -1,10 +1,6 @@
-// The products of packed weights with rounded activations, a few columns of a row at a time, and
-// the rounding of the activations; for packed_matmul.h. No include guard: a kernel file includes it
-// once per instruction set, after simd.h. Layouts: vqfast/ops/_packed.py.
-//
-// Numerics: int8 products are added in int32, exactly, on every instruction set. Two bfloat16
-//   products are added to a float by vdpbf16ps where the CPU has it (no rounding between, subnormal
-//   numbers are zero), by two multiply-adds elsewhere.
+// The packed weights of vqfast/ops/_packed.py: their constants, and the rounding of the activations
+// that they are multiplied with; for packed_matmul.h. No include guard: a kernel file includes it
+// once per instruction set, after simd.h.
 
 namespace vqfast::VQFAST_ISA {
 
@@ -14,58 +10,6 @@ constexpr float kLeast = 0x1p-100f;      // a group of activations below it beco
 constexpr int kParts = kSlice / kLanes;  // vectors that hold one value of each row of a slice
 
 VQFAST_INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// acc[i] += sum over j < 4 of (uint8) w[4 i + j] * (int8) x[j]; w and x hold 4 bytes a lane, x the
-// same ones in each
-VQFAST_INLINE void dot4(VI& acc, VI w, VI x) {
-#if VQFAST_LANES == 16 && defined(VQFAST_VNNI)
-  // not the intrinsic: gcc 12 copies its accumulator in every call
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-#elif VQFAST_LANES == 16
-  const __m512i low = _mm512_set1_epi16(0xFF), W = (__m512i)w, X = (__m512i)x;
-  const __m512i even =
-      _mm512_madd_epi16(_mm512_and_si512(W, low), _mm512_srai_epi16(_mm512_slli_epi16(X, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(W, 8), _mm512_srai_epi16(X, 8));
-  acc += (VI)_mm512_add_epi32(even, odd);
-#elif VQFAST_LANES == 8
-  const __m256i low = _mm256_set1_epi16(0xFF), W = (__m256i)w, X = (__m256i)x;
-  const __m256i even =
-      _mm256_madd_epi16(_mm256_and_si256(W, low), _mm256_srai_epi16(_mm256_slli_epi16(X, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(W, 8), _mm256_srai_epi16(X, 8));
-  acc += (VI)_mm256_add_epi32(even, odd);
-#else
-  acc += (w & 255) * (x << 24 >> 24) + (w >> 8 & 255) * (x << 16 >> 24) +
-         (w >> 16 & 255) * (x << 8 >> 24) + (w >> 24 & 255) * (x >> 24);
-#endif
-}
-
-// acc[i] += w[2 i] * x[0] + w[2 i + 1] * x[1] in bfloat16; w and x hold 2 values a lane
-template <bool kNative>
-VQFAST_INLINE void dot2(VF& acc, VI w, VI x) {
-#if VQFAST_LANES == 16
-  if constexpr (kNative) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-    return;
-  }
-#endif
-  const int32_t high = static_cast<int32_t>(0xFFFF0000u);
-  acc = fma((VF)(w << 16), (VF)(x << 16), acc);
-  acc = fma((VF)(w & high), (VF)(x & high), acc);
-}
-
-VQFAST_INLINE VI load_int(const void* p) {
-  VI v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-VQFAST_INLINE VI every_lane(const void* p) {  // 4 bytes
-  int32_t x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return broadcast_int(x);
-}
-
-// ---- activations
 
 // one row of activations, [Kp] of the type that the products take
 struct Operand {

@@ -1,6 +1,6 @@
 // y[r] = W x[r] for some rows r and a matrix W packed as vqfast/ops/_packed.py describes; for
-// decode_step. No include guard: a kernel file includes it once per instruction set, after
-// packed_dot.h.
+// decode_step. No include guard: a kernel file includes it once per instruction set, after dot.h
+// and packed_dot.h.
 //
 // Numerics: each output is a sum of blocks of 32 columns, each summed in the order of the columns
 //   by one chain of float32 multiply-adds (exactly in int32 for bits 8 and 4), times the scales of
@@ -86,7 +86,7 @@ VQFAST_INLINE void add_group(const uint8_t* W, const Operand* x, int64_t g,
 #pragma GCC unroll 4
         for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
-          for (int j = 0; j < kParts; ++j) dot2<kNative>(sum[p][r][j], w[p][j], a);
+          for (int j = 0; j < kParts; ++j) sum[p][r][j] = dot2<kNative>(sum[p][r][j], w[p][j], a);
       }
     }
   } else {
@@ -122,7 +122,7 @@ VQFAST_INLINE void add_group(const uint8_t* W, const Operand* x, int64_t g,
 #pragma GCC unroll 4
           for (int p = 0; p < kSlices; ++p)
 #pragma GCC unroll 4
-            for (int j = 0; j < kParts; ++j) dot4(total[p][r][j], w[q][p][j], a);
+            for (int j = 0; j < kParts; ++j) total[p][r][j] = dot4(total[p][r][j], w[q][p][j], a);
         }
       }
     }

@@ -1,5 +1,5 @@
 // Vectors of VQFAST_LANES floats (16, 8 or 4) for the instruction set being compiled; see
-//foreach_isa.h. 
+// foreach_isa.h.
 // GCC vector types give + - * / and comparisons on every target; what they lack is below. A fused
 // multiply-add is written out as fma(); `base` rounds the product. Nothing here reads or writes
 // past the n elements that it is given.
@@ -152,11 +152,17 @@ VQFAST_INLINE void store_n(T* p, VF v, int n) {
 // NaN stays
 VQFAST_INLINE VF vexp(VF x) {
   const VF low = broadcast(-87.33654f), high = broadcast(88.72283f);
+#if VQFAST_LANES == 16
+  // the operands of min and max stand so that a NaN stays
+  const VF c = (VF)_mm512_min_ps((__m512)high + 1.0f, _mm512_max_ps((__m512)low, (__m512)x));
+  const VF n = (VF)_mm512_roundscale_ps((__m512)(c * 1.44269504f), _MM_FROUND_NO_EXC);
+#else
   VF c = select(x < low, low, x);
   c = select(c > high, high, c);
   // n = round(x / ln 2), through the float that has no fraction bits left
   const VF magic = broadcast(12582912.0f);
   const VF n = fma(c, broadcast(1.44269504f), magic) - magic;
+#endif
   VF r = fma(n, broadcast(-0.693359375f), c);
   r = fma(n, broadcast(2.12194440e-4f), r);
   VF p = broadcast(1.9875691500e-4f);
@@ -166,6 +172,11 @@ VQFAST_INLINE VF vexp(VF x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p * r, r, r) + 1.0f;
+#if VQFAST_LANES == 16
+  // times 2^n, which gives infinity where it must
+  const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (VF)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
+#else
   // times 2^n in two steps, as n may be 128
   VI k = __builtin_convertvector(n, VI);
   const VI half = k >> 1;
@@ -173,6 +184,7 @@ VQFAST_INLINE VF vexp(VF x) {
   p = select(x < low, VF{}, p);
   p = select(x > high, broadcast(__builtin_inff()), p);
   return (x != x) ? x : p;
+#endif
 }
 
 }  // namespace vqfast::VQFAST_ISA

@@ -24,27 +24,6 @@ constexpr Int round_up(Int n, Int to) {
   return (n + to - 1) / to * to;
 }
 
-// e^x for x <= 0 (up to rounding); 0 below -87.3, NaN stays; other arguments give garbage, never a
-// trap
-VQFAST_INLINE VF exp_nonpositive(VF x) {
-  const VF low = broadcast(-87.33654f);
-  const VF c = x < low ? low : x;
-  const VF magic = broadcast(12582912.0f);
-  const VF n = fma(c, broadcast(1.44269504f), magic) - magic;
-  VF r = fma(n, broadcast(-0.693359375f), c);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  VF p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p * r, r, r) + 1.0f;
-  const VI k = __builtin_convertvector(n, VI);
-  p = p * (VF)((k + 127) << 23);
-  return x < low ? VF{} : p;
-}
-
 // 2^x for x <= 0 (up to rounding); 0 below -126, NaN stays. Relative error below 3e-9 (degree 6) or
 // 4e-6 (degree 4) and the roundings; least-squares fit on [-1/2, 1/2], exact at 0.
 template <int kDegree>

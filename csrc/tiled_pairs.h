@@ -1,23 +1,16 @@
 // Pairs of bfloat16 in the 32 bits of a lane, the operands of vdpbf16ps: a step of a product takes
 // two elements of the sum. For the attention kernels. No include guard: a kernel file includes it
-// once per instruction set, after tiled_attention.h.
+// once per instruction set, after tiled_attention.h and dot.h.
 //
 // A vector of pairs travels as VF. Only lanes of 512 bits have them; whether the CPU does is
-// has_avx512_bf16() in kernel.h. Inline assembler, as the instruction belongs to no target that
-// this project compiles for; it reads subnormal numbers as zero.
+// has_avx512_bf16() in kernel.h.
 
 namespace vqfast::VQFAST_ISA::attention {
 
-// x * y + acc; kPairs: the sum of both products of each lane. By value: gcc keeps an array of sums
-// in memory if assembler writes to its elements.
+// x * y + acc; kPairs: the sum of both products of each lane.
 template <bool kPairs>
 VQFAST_INLINE VF multiply_add(VF x, VF y, VF acc) {
-#if VQFAST_LANES == 16
-  if constexpr (kPairs) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
-    return acc;
-  }
-#endif
+  if constexpr (kPairs) return dot2<true>(acc, (VI)x, (VI)y);
   return fma(x, y, acc);
 }
 

@@ -118,7 +118,7 @@ void weigh(Scratch& m, int d, float scale, int at, int columns, int whole) {
     float *pr = p + r * kKeyBlock, *sr = s + r * kKeyBlock;
     const VF lse = broadcast(m.lse[at + r]), factor = broadcast(scale);
     for (int j = 0; j < columns; j += kLanes)
-      store(pr + j, exp_nonpositive(fma(load(pr + j), factor, -lse)));
+      store(pr + j, vexp(fma(load(pr + j), factor, -lse)));
     const float delta = whole > 0 ? settle(pr, sr, whole + r) : m.delta[at + r];
     for (int j = 0; j < columns; j += kLanes) store(sr + j, load(pr + j) * (load(sr + j) - delta));
   }

@@ -54,7 +54,7 @@ REFUSES(conv3x3, why_not)
 #include "foreach_isa.h"
 // clang-format off: simd.h comes first
 #include "simd.h"
-#include "packed_dot.h"
+#include "dot.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -251,8 +251,8 @@ struct Conv {
       for (int r = 0; r < kRows; ++r, row += words) {
         const VI each = every_lane(row);
         if constexpr (kPer == 2) {
-          dot2<kNative>(low[r], u0, each);
-          dot2<kNative>(high[r], u1, each);
+          low[r] = dot2<kNative>(low[r], u0, each);
+          high[r] = dot2<kNative>(high[r], u1, each);
         } else {
           low[r] = fma((VF)each, (VF)u0, low[r]);
           high[r] = fma((VF)each, (VF)u1, high[r]);

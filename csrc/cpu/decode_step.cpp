@@ -14,8 +14,11 @@
 //   (LayerNorm), panels of 64 outputs (matrices), heads of rows (attention). A thread that has made
 //   some outputs does with them what concerns them alone: bias and GELU, the cache, rounding.
 //   Weights are read once per call for all rows; 7 phases per layer.
-// Ladder (336M, R = 1, Zen 5, 2 threads, ms): a parallel region per phase, float products of
-//   widened weights: fp32 21.3, bf16 14.0, int8 9.5, int4 6.6. See bench/LOG.md for the rest.
+// Ladder (336M, R = 1 / 8, one thread of a Zen 5, CPU time, ms a step: fp32, bf16, int8, int4):
+//   float products of widened weights, a region per phase    38 / 88  23 / 90  15.5 / 50  12 / 37
+//   dot.h on rounded activations, one team, panels of 16     35 / -   19 / -   10.5 / -   7.0 / -
+//   panels of 64 rows: one stream                            34 / 75  17 / 33   9.4 / 21  5.8 / 15
+//   weights in large pages, 8 rows asking for memory ahead   31 / 57  16 / 29   8.8 / 15  5.3 / 11
 #include <cmath>
 
 #include "half.h"
@@ -27,6 +30,7 @@
 #include "foreach_isa.h"
 #include "simd.h"
 #include "attend.h"
+#include "dot.h"
 #include "packed_dot.h"
 #include "packed_matmul.h"
 // clang-format on

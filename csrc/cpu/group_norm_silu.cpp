@@ -148,32 +148,19 @@ VQFAST_INLINE Slope slope(VF x, VF grad, const Affine& p) {
 template <bool kCoarse>
 VQFAST_INLINE VF silu(VF u) {
 #if VQFAST_LANES == 16
-  // e^-u as vexp has it: scalef needs no care at the ends, and beyond 100 the quotient is u or -0.
-  // The operands of min and max stand so that a NaN stays.
-  const __m512 c =
-      _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-100.0f), (__m512)-u));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 8);
-  const VF N = (VF)n;
   if constexpr (kCoarse) {
-    const VF r = fma(N, broadcast(-0.693147181f), (VF)c);
+    // beyond 100 the quotient is u or -0; the operands of min and max stand so that a NaN stays
+    const __m512 c =
+        _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-100.0f), (__m512)-u));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 8);
+    const VF r = fma((VF)n, broadcast(-0.693147181f), (VF)c);
     VF p = fma(r, broadcast(4.1665796e-2f), broadcast(1.6666667e-1f));
     p = fma(fma(fma(p, r, broadcast(0.5f)), r, broadcast(1.0f)), r, broadcast(1.0f));
     p = (VF)_mm512_scalef_ps((__m512)p, n) + 1.0f;
     return u * (VF)_mm512_rcp14_ps((__m512)p);
   }
-  VF r = fma(N, broadcast(-0.693359375f), (VF)c);
-  r = fma(N, broadcast(2.12194440e-4f), r);
-  VF p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p * r, r, r) + 1.0f;
-  return u / (1.0f + (VF)_mm512_scalef_ps((__m512)p, n));
-#else
-  return u / (1.0f + vexp(-u));
 #endif
+  return u / (1.0f + vexp(-u));
 }
 template <class T>
 VQFAST_INLINE VF activate(VF x, const Affine& p) {
