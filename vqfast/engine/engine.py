@@ -158,11 +158,7 @@ class Engine:
             )
         guide = guidance(cfg_scale, cfg_interval)
         index = self._indices(sample_index, b)
-        if guide.scale != 1:
-            if uncond is None:
-                raise ValueError(
-                    f"cfg_scale = {guide.scale:g} needs a null condition, there is none"
-                )
+        if guide.need(uncond):
             self._check_tokens("uncond", uncond, 2)
             _check.shape("uncond", uncond, cond.shape, "like cond")
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

@@ -202,10 +202,8 @@ def _conditions(
 ) -> list[Tensor]:
     """What the codes are predicted under: cond and, if it is guided, uncond."""
     _check_condition(engine, "cond", cond, windows)
-    if guide.scale == 1:
+    if not guide.need(uncond):
         return [cond]
-    if uncond is None:
-        raise ValueError(f"cfg_scale = {guide.scale:g} needs a null condition, there is none")
     _check_condition(engine, "uncond", uncond, windows)
     _check.shape("uncond", uncond, cond.shape, "like cond")
     return [cond, uncond]
