@@ -6,27 +6,31 @@
 //
 // Contract: any H, W, C, O; small problems are refused, as transforming the weights would not pay.
 //
-// Numerics: Winograd F(2x2, 3x3): y = A'[(G w G') . (B' x B)]A, each of the 16 products summed over
-//   c in blocks of kChain words of channels, each one chain of float32 multiply-adds. Float32: the
-//   error is about that of a direct sum. Bfloat16: transforms are computed in float32, and both
-//   factors rounded before they meet; bias and r are added in float32 and the result rounded once.
-//   The rounding of the factors costs 2.4 times the rounding of the result on random data (root
-//   mean square), 1.1 to 1.3 times in the maximum norm, and a residual connection here has one
-//   rounding less than two ops. A NaN or infinity spreads over the 2x2 outputs of its tiles. An
-//   output does not depend on B, its place in the batch, or the threads.
+// Numerics: Winograd F(2x2, 3x3), or F(4x4, 3x3) for many positions and channels in float32: y =
+//   A'[(G w G') . (B' x B)]A, each of the 16 or 36 products summed over c in blocks of kChain words
+//   of channels, each one chain of float32 multiply-adds. Float32: the error is 0.1 to 0.4 times
+//   that of oneDNN's direct sum, by F(4x4, 3x3) 0.5 to 1.0 times (winograd.h). Bfloat16: transforms
+//   are computed in float32, and both factors rounded before they meet; bias and r are added in
+//   float32 and the result rounded once. The rounding of the factors costs 2.4 times the rounding
+//   of the result on random data (root mean square), 1.1 to 1.3 times in the maximum norm, and a
+//   residual connection here has one rounding less than two ops. A NaN or infinity spreads over the
+//   outputs of its tiles. An output does not depend on B, its place in the batch, or the threads.
 //
-// Shape of the code: 16 C O / 4 multiply-adds per output in place of 9 C O: 2.25 times fewer. On
-//   doubled pixels the third row and column of B' x B vanish, so that 9 of the 16 products are
-//   left: 4 times fewer. A thread takes blocks of 2x2 output tiles: their transformed inputs V
-//   [F, tiles, C] stay in L2 while panels of 2 kLanes outputs pass by; a register tile is kRows
-//   tiles x 2 vectors. Transformed weights are packed [panel, F, C, 2 kLanes] first, two channels
-//   to a word in bfloat16.
+// Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per output in place of 9 C O: 2.25 or 4
+//   times fewer. On doubled pixels the third row and column of B' x B vanish, so that 9 of the 16
+//   products are left: 4 times fewer too. A thread takes blocks of output tiles: their transformed
+//   inputs V [F, tiles, C] stay in L2 while panels of 2 kLanes outputs pass by; a register tile is
+//   kRows tiles x 2 vectors. Transformed weights are packed [panel, F, C, 2 kLanes] first, two
+//   channels to a word in bfloat16.
 //
 // Ladder: one chain over all of C had 2.3 times the error of torch's NCHW convolution at C = 512;
 //   chains of 64 channels, whose weights stay in L1, have 0.7 times (2026-11-23). 128 channels at
 //   256px, 1 thread of Zen 5 (2026-11-25): float32 57.9 -> 43.5 ms with large pages for y; bfloat16
 //   55 with sums that gcc kept in memory, 23 in registers, 21.9 with products of 48 tiles at a
-//   time, of which 17 are at the limit of vdpbf16ps; oneDNN's direct one takes 37.
+//   time, of which 17 are at the limit of vdpbf16ps; oneDNN's direct one takes 37. F(4x4, 3x3) is
+//   1.5 times faster than F(2x2, 3x3) from 64px on, 1.1 at 32px; blocks of 256 KiB to 1 MiB and
+//   12 to 48 tiles at a time made no difference. 512 channels at 32px: 0.6, as 37 MB of weights pass
+//   through L3 (2026-11-30).
 #include <algorithm>
 
 #include "kernel.h"
@@ -55,6 +59,7 @@ REFUSES(conv3x3, why_not)
 // clang-format off: simd.h comes first
 #include "simd.h"
 #include "dot.h"
+#include "winograd.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -64,15 +69,17 @@ constexpr int kWide = 2 * kLanes;             // outputs of a register tile
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
 constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
 constexpr int64_t kBlockBytes = 512 << 10;    // of V; the rest of L2 holds weights and products
-constexpr int64_t kSub = 48;                  // tiles of a block whose products are held at a time
 
-// kDoubled: the pixels of x are doubled. kNative: vdpbf16ps and its rounding are there.
-template <class T, bool kDoubled, bool kNative>
+// kOut x kOut outputs of a tile. kDoubled: the pixels of x are doubled. kNative: vdpbf16ps and its
+// rounding are there.
+template <class T, int kOut, bool kDoubled, bool kNative>
 struct Conv {
-  static constexpr int kPer = 4 / sizeof(T);      // channels to a word
-  static constexpr int kTaps = kDoubled ? 3 : 4;  // rows and columns of a transformed tile
+  using Line = Winograd<kOut, kDoubled>;
+  static constexpr int kPer = 4 / sizeof(T);  // channels to a word
+  static constexpr int kTaps = Line::kTaps;   // rows and columns of a transformed tile
   static constexpr int kF = kTaps * kTaps;
-  static constexpr int64_t kStep = kDoubled ? 1 : 2;  // pixels of x from tile to tile
+  static constexpr int kScale = kDoubled ? 2 : 1;
+  static constexpr int64_t kSub = kOut == 4 ? 24 : 48;  // tiles whose products are held at a time
 
   int64_t B, H, W, C, O, words, down, across, tiles, panels, block;
   int threads;
@@ -86,8 +93,8 @@ struct Conv {
         C(a.t[0].shape[3]),
         O(a.t[1].shape[0]),
         words((C + kPer - 1) / kPer),
-        down(kDoubled ? H : (H + 1) / 2),
-        across(kDoubled ? W : (W + 1) / 2),
+        down((H * kScale + kOut - 1) / kOut),
+        across((W * kScale + kOut - 1) / kOut),
         tiles(down * across),
         panels((O + kWide - 1) / kWide),
         threads(a.threads),
@@ -114,31 +121,24 @@ struct Conv {
     store_n(p, v, n);
   }
 
-  // of four values those that are not zero on doubled pixels
-  VQFAST_INLINE static int at(int tap) { return kDoubled && tap == 2 ? 3 : tap; }
-
   // G g G' of n channels of one output -> to[f * kWide * kLanes words]
   VQFAST_INLINE void transform_weight(const T* from, int n, T* to) const {
-    VF rows[4][3];
+    VF rows[3][kTaps];
 #pragma GCC unroll 3
     for (int q = 0; q < 3; ++q) {
       VF g[3];
 #pragma GCC unroll 3
       for (int p = 0; p < 3; ++p) g[p] = n ? load_n(from + (p * 3 + q) * C, n) : VF{};
-      const VF ends = g[0] + g[2];
-      rows[0][q] = g[0];
-      rows[1][q] = (ends + g[1]) * 0.5f;
-      rows[2][q] = (ends - g[1]) * 0.5f;
-      rows[3][q] = g[2];
+      Line::weights(g, rows[q]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < kTaps; ++i) {
-      const VF* r = rows[at(i)];
-      const VF ends = r[0] + r[2];
-      const VF u[4] = {r[0], (ends + r[1]) * 0.5f, (ends - r[1]) * 0.5f, r[2]};
-#pragma GCC unroll 4
+      const VF g[3] = {rows[0][i], rows[1][i], rows[2][i]};
+      VF u[kTaps];
+      Line::weights(g, u);
+#pragma GCC unroll 6
       for (int j = 0; j < kTaps; ++j)
-        put(to + (i * kTaps + j) * kWide * kLanes * kPer, u[at(j)], kLanes);
+        put(to + (i * kTaps + j) * kWide * kLanes * kPer, u[j], kLanes);
     }
   }
 
@@ -190,22 +190,11 @@ struct Conv {
     }
   }
 
-  VQFAST_INLINE static void combine(VF* t, const VF* d) {  // a column or row of B' d
-    t[0] = d[0] - d[2];
-    t[1] = d[1] + d[2];
-    t[2] = d[2] - d[1];
-    t[3] = d[1] - d[3];
-  }
-  VQFAST_INLINE static void combine_doubled(VF* t, const VF* d) {  // d a b b c, the zero left out
-    t[0] = d[0] - d[1];
-    t[1] = d[1] + d[1];
-    t[2] = d[1] - d[2];
-  }
-
   // B' d B of the inputs of one tile -> v[f * stride + c]; zeros: a pixel of zeros
   void transform_input(int64_t tile, const T* zeros, T* v, int64_t stride) const {
     const T* image = x + tile / tiles * H * W * C;
-    const int64_t top = tile % tiles / across * kStep - 1, left = tile % across * kStep - 1;
+    const int64_t top = tile % tiles / across * Line::kStep - 1,
+                  left = tile % across * Line::kStep - 1;
     const T* from[kTaps][kTaps];
     for (int i = 0; i < kTaps; ++i)
       for (int j = 0; j < kTaps; ++j) {
@@ -214,20 +203,21 @@ struct Conv {
         from[i][j] = inside ? image + (row * W + column) * C : zeros;
       }
     const auto channels = [&](int64_t c, int n, int written) __attribute__((always_inline)) {
-      VF t[4][4];  // [column][row]
-#pragma GCC unroll 4
+      VF t[kTaps][kTaps];  // [column][row]
+#pragma GCC unroll 6
       for (int j = 0; j < kTaps; ++j) {
-        VF d[4];
-#pragma GCC unroll 4
+        VF d[kTaps];
+#pragma GCC unroll 6
         for (int i = 0; i < kTaps; ++i) d[i] = load_n(from[i][j] + c, n);
-        kDoubled ? combine_doubled(t[j], d) : combine(t[j], d);
+        Line::inputs(d, t[j]);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < kTaps; ++i) {
-        const VF d[4] = {t[0][i], t[1][i], t[2][i], t[kTaps - 1][i]};
-        VF to[4];
-        kDoubled ? combine_doubled(to, d) : combine(to, d);
-#pragma GCC unroll 4
+        VF d[kTaps], to[kTaps];
+#pragma GCC unroll 6
+        for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
+        Line::inputs(d, to);
+#pragma GCC unroll 6
         for (int j = 0; j < kTaps; ++j) put(v + (i * kTaps + j) * stride + c, to[j], written);
       }
     };
@@ -269,35 +259,35 @@ struct Conv {
 
   // A' m A of one tile and panel, plus bias and residual -> y; m[f * stride + o]
   void transform_output(const float* m, int64_t stride, int64_t tile, int64_t panel) const {
-    const int64_t rows = down * 2 - (!kDoubled && H % 2),
-                  columns = across * 2 - (!kDoubled && W % 2);
-    const int64_t top = tile % tiles / across * 2, left = tile % across * 2;
+    const int64_t rows = H * kScale, columns = W * kScale;
+    const int64_t top = tile % tiles / across * kOut, left = tile % across * kOut;
     const int64_t start = tile / tiles * rows * columns * O;
     for (int half = 0; half < kWide; half += kLanes) {
       const int64_t o = panel * kWide + half;
       if (o >= O) return;
       const int n = static_cast<int>(std::min<int64_t>(kLanes, O - o));
-      VF t[4][2];
-#pragma GCC unroll 4
+      VF t[kTaps][kOut];
+#pragma GCC unroll 6
       for (int j = 0; j < kTaps; ++j) {
-        VF d[4];
-#pragma GCC unroll 4
+        VF d[kTaps];
+#pragma GCC unroll 6
         for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * stride + half);
-        t[j][0] = kDoubled ? d[0] + d[1] : d[0] + d[1] + d[2];
-        t[j][1] = kDoubled ? d[1] - d[2] : d[1] - d[2] - d[3];
+        Line::outputs(d, t[j]);
       }
       const VF b = load_n(bias + o, n);
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kOut; ++i) {
         if (top + i >= rows) break;
-        const VF first = t[0][i] + t[1][i], last = t[1][i] - t[2][i];
-        const VF out[2] = {(kDoubled ? first : first + t[2][i]) + b,
-                           (kDoubled ? last : last - t[kTaps - 1][i]) + b};
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
+        VF d[kTaps], out[kOut];
+#pragma GCC unroll 6
+        for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
+        Line::outputs(d, out);
+#pragma GCC unroll 4
+        for (int j = 0; j < kOut; ++j) {
           if (left + j >= columns) break;
           const int64_t to = start + ((top + i) * columns + left + j) * O + o;
-          put(y + to, residual ? out[j] + load_n(residual + to, n) : out[j], n);
+          const VF sum = out[j] + b;
+          put(y + to, residual ? sum + load_n(residual + to, n) : sum, n);
         }
       }
     }
@@ -327,7 +317,7 @@ struct Conv {
   void run() const {
     if (B == 0) return;
     const int64_t panel_size = kF * words * kWide, blocks = (B * tiles + block - 1) / block;
-    prefer_large_pages(y, static_cast<size_t>(B * tiles * 4 * O) * sizeof(T));
+    prefer_large_pages(y, static_cast<size_t>(B * H * W * kScale * kScale * O) * sizeof(T));
     const auto packed = scratch<int32_t>(panels * panel_size);
     parallel_for(threads, panels, 1, [&](int64_t from, int64_t to) {
       const auto tile = scratch<int32_t>(kF * kWide * kLanes);
@@ -349,18 +339,33 @@ struct Conv {
   }
 };
 
+// Tiles of 4x4 outputs are faster and accurate enough. With fewer than 128 channels a direct sum has
+// less than half their error. The weights cost what some 64 tiles cost, while they fit L3
+// (2026-11-30, AMD Zen 5).
+bool large_tiles(const Args& a) {
+  const View& x = a.t[0];
+  const int64_t C = x.shape[3], O = a.t[1].shape[0];
+  const auto tiles = [&](int64_t side) {
+    return (x.shape[1] + side - 1) / side * ((x.shape[2] + side - 1) / side);
+  };
+  const bool fits = 36 * C * O * int64_t{sizeof(float)} <= int64_t{24} << 20;
+  return C >= 128 && fits && 36 * (tiles(4) + 64) < 16 * (tiles(2) + 64);
+}
+
 template <class T, bool kNative>
-void run_doubled(const Args& a) {
-  if (a.s[0].i == 2) return Conv<T, true, kNative>(a).run();
-  Conv<T, false, kNative>(a).run();
+void run_tiles(const Args& a) {
+  if (a.s[0].i == 2) return Conv<T, 2, true, kNative>(a).run();
+  if constexpr (sizeof(T) == 4)
+    if (large_tiles(a)) return Conv<T, 4, false, kNative>(a).run();
+  Conv<T, 2, false, kNative>(a).run();
 }
 
 void run(const Args& a) {
-  if (a.t[0].dtype == DType::f32) return run_doubled<float, false>(a);
+  if (a.t[0].dtype == DType::f32) return run_tiles<float, false>(a);
 #if VQFAST_LANES == 16
-  if (has_avx512_bf16()) return run_doubled<bf16, true>(a);
+  if (has_avx512_bf16()) return run_tiles<bf16, true>(a);
 #endif
-  run_doubled<bf16, false>(a);
+  run_tiles<bf16, false>(a);
 }
 
 }  // namespace

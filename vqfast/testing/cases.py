@@ -88,6 +88,8 @@ CASES: tuple[Case, ...] = (
     _case("conv3x3", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
     _case("conv3x3", "smoke_residual", "smoke", B=1, C=40, O=36, H=33, W=32, residual=1),
     _case("conv3x3", "smoke_doubled", "smoke", B=2, C=35, O=40, H=17, W=16, scale=2),
+    _case("conv3x3", "smoke_large_tiles", "smoke", B=2, C=130, O=48, H=35, W=49, residual=1),
+    _case("conv3x3", "edge_large_tiles", "edge", B=1, C=193, O=33, H=7, W=301),
     _case("conv3x3", "edge_odd", "edge", B=1, C=37, O=67, H=41, W=25),
     _case("conv3x3", "edge_doubled", "edge", B=1, C=33, O=67, H=1, W=257, scale=2, residual=1),
     _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
