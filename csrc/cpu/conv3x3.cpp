@@ -30,7 +30,7 @@
 //   time, of which 17 are at the limit of vdpbf16ps; oneDNN's direct one takes 37. F(4x4, 3x3) is
 //   1.5 times faster than F(2x2, 3x3) from 64px on, 1.1 at 32px; blocks of 256 KiB to 1 MiB and
 //   12 to 48 tiles at a time made no difference. 512 channels at 32px: 0.6, as 37 MB of weights pass
-//   through L3 (2026-11-30).
+//   through L3 (Zen 4, 2026-11-30).
 #include <algorithm>
 
 #include "kernel.h"
@@ -341,7 +341,7 @@ struct Conv {
 
 // Tiles of 4x4 outputs are faster and accurate enough. With fewer than 128 channels a direct sum has
 // less than half their error. The weights cost what some 64 tiles cost, while they fit L3
-// (2026-11-30, AMD Zen 5).
+// (2026-11-30, AMD Zen 4).
 bool large_tiles(const Args& a) {
   const View& x = a.t[0];
   const int64_t C = x.shape[3], O = a.t[1].shape[0];
