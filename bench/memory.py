@@ -1,9 +1,9 @@
 """Peak of the memory that one call of a contestant takes beyond what was there before it.
 
 On a GPU: what torch's allocator says. On the CPU: resident memory, read by a child process that has
-called the contestant on a few rows before, so that libraries are loaded and threads are up. The
-least of up to three calls counts: how the C allocator reuses freed blocks varies from one to the
-next.
+called the contestant before (a search on a few rows, a network as it is), so that libraries are
+loaded, threads are up, and what is compiled or kept from step to step is there. The least of up to
+three calls counts: how the C allocator reuses freed blocks varies from one to the next.
 
     python bench/memory.py MEASURE CASE DTYPE CONTESTANT THREADS
 """
@@ -68,18 +68,29 @@ def _status_mib(field: str) -> float:
 
 
 def main(measure: str, case: str, dtype: str, contestant: str, threads: str) -> None:
-    import micro  # which imports this file
-
     torch.set_num_threads(int(threads))
+    run = _prepared(measure, case, dtype, contestant)
+    begin, seen = time.monotonic(), [resident_extra_mib(run)]
+    while len(seen) < _CALLS and time.monotonic() - begin < _SECONDS:
+        seen.append(resident_extra_mib(run))
+    print(min(seen))
+
+
+def _prepared(measure: str, case: str, dtype: str, contestant: str) -> Callable[[], Any]:
+    """A contestant that has been called. ValueError: there is no such case."""
+    import micro  # which imports this file
+    import networks
+
+    if measure in networks.MEASURES:
+        run = networks.contestant(contestant, measure, case, dtype)
+        run()
+        return run
     for found, made, kind in micro.chosen(micro.Options(measure, case, None, (dtype,), "cpu")):
         if found.name == measure:
             z, *rest = found.inputs(made, micro.DTYPES[kind], "cpu")
             micro.contestant(contestant, found, made, (z[:_WARM_ROWS], *rest))()
-            run = micro.contestant(contestant, found, made, (z, *rest))
-            begin, seen = time.monotonic(), [resident_extra_mib(run)]
-            while len(seen) < _CALLS and time.monotonic() - begin < _SECONDS:
-                seen.append(resident_extra_mib(run))
-            print(min(seen))
+            return micro.contestant(contestant, found, made, (z, *rest))
+    raise ValueError(f"no case {case} of {measure}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Options(NamedTuple):
     rounds: int = 7
     budget_s: float = 20.0
     gate: bool = True
+    memory: bool = False  # of a call of a network, too; that of a search is always measured
 
     def takes(self, case_id: str) -> bool:
         """Is this case among those that were asked for, by an id or a pattern of ids?"""

@@ -1,12 +1,14 @@
 """The suites model and train: whole networks, ours against other projects.
 
 Measures and their inputs, which opponents get too:
-    encode, decode      (tokenizer, data)        the opponent takes tokenizer.state_dict(), taming's
-    names
-    train_tokenizer     (VQGANConfig, images, squeeze)   one step of generator and discriminator;
-    without perceptual net, or (squeeze) with one on a SqueezeNet of random weights
+    encode, decode      (tokenizer, data)   the opponent takes tokenizer.state_dict(), with taming's
+        names
+    train_tokenizer     (VQGANConfig, images, start)   one step of generator and discriminator that
+        gives their losses by name; start holds the state dicts `vqgan`, `discriminator` and, in
+        cases with a perceptual net, `perceptual`: a SqueezeNet with random weights
     train_transformer   (GPTConfig, idx, cond)   forward, backward and AdamW
-The gate is that of every op that the network runs on.
+The gate is that of every op that the network runs on; then each contestant is held against plain
+torch (agreement.py), and with --memory what a call takes is measured in a process of its own.
 """
 
 import copy
@@ -14,11 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import baselines
+import memory
 import torch
-from micro import DTYPES, Gate, Options
+from agreement import Judge, WrongResultError
+from micro import DTYPES, Gate, Options, RefusedError
 from report import Row, rows_of
 
 from vqfast import GPT, VQGAN, GPTConfig, VQGANConfig
+from vqfast.losses import LPIPS, NLayerDiscriminator
 from vqfast.testing.timing import race
 from vqfast.train.distributed import World
 from vqfast.train.tokenizer import TokenizerConfig, TokenizerStage
@@ -26,6 +31,7 @@ from vqfast.train.tokenizer import TokenizerConfig, TokenizerStage
 _SMALL = {"ch": 32, "ch_mult": (1, 2, 2), "z_channels": 64, "embed_dim": 64, "resolution": 64}
 _VQGANS = {  # id: config, batch, side
     "f16_256": (VQGANConfig(), 1, 256),
+    "f16_256_batch4": (VQGANConfig(), 4, 256),
     "small_64": (VQGANConfig(attn_resolutions=(16,), n_embed=1024, **_SMALL), 8, 64),
 }
 GPTS = {  # gpt_small has 38 M parameters; 256 and 576 tokens are images of 16 x 16 and 24 x 24
@@ -57,6 +63,7 @@ _OPS = {
     ),  # fmt: skip
     "train_transformer": ("causal_attention", "cross_entropy"),
 }
+MEASURES = tuple(_OPS)
 
 
 class Case(NamedTuple):
@@ -84,7 +91,12 @@ def _tokenizer_inputs(name: str, measure: str) -> tuple:
 
 def _train_inputs(name: str) -> tuple:
     model, batch, side, squeeze = _STEPS[name]
-    return _VQGANS[model][0], _images(batch, side), squeeze
+    config = _VQGANS[model][0]
+    torch.manual_seed(0)
+    start = {"vqgan": VQGAN(config), "discriminator": NLayerDiscriminator()}
+    if squeeze:
+        start["perceptual"] = LPIPS(net="squeeze")
+    return config, _images(batch, side), {k: v.state_dict() for k, v in start.items()}
 
 
 def _gpt_inputs(name: str) -> tuple:
@@ -128,8 +140,9 @@ def _our_decode(dtype: str, device: str, model: VQGAN, codes: torch.Tensor) -> C
 
 
 def _our_train_tokenizer(
-    dtype: str, device: str, config: VQGANConfig, images: torch.Tensor, squeeze: bool
+    dtype: str, device: str, config: VQGANConfig, images: torch.Tensor, start: dict[str, Any]
 ) -> Callable:
+    squeeze = "perceptual" in start
     settings = TokenizerConfig(model=config)
     settings.data.size, settings.data.batch_size = images.shape[-1], len(images)
     settings.loss.perceptual_weight, settings.loss.disc_start = float(squeeze), 0
@@ -137,6 +150,9 @@ def _our_train_tokenizer(
     settings.loss.perceptual_heads = "random"
     settings.train.precision = dtype
     stage = TokenizerStage(settings, World(0, 1, torch.device(device)), None)
+    stage.model.load_state_dict(start["vqgan"])
+    for name in start.keys() - {"vqgan"}:
+        getattr(stage.loss, name).load_state_dict(start[name])
     batch = {"image": images}
     return lambda: stage.step(1, [batch])
 
@@ -170,13 +186,25 @@ def _work(case: Case, inputs: tuple) -> str:
     return f"batch {len(inputs[1])}"
 
 
+def contestant(
+    name: str, measure: str, case_id: str, dtype: str, device: str = "cpu"
+) -> Callable[[], Any]:
+    """One contestant of a case, "vqfast" or an opponent, ready to run. StopIteration: no case."""
+    suite = "train" if measure.startswith("train") else "model"
+    case = next(c for c in cases(suite) if (c.measure, c.id) == (measure, case_id))
+    inputs = case.inputs()
+    if name == "vqfast":
+        return _ours(case, dtype, inputs, device)
+    return baselines.runner(name, measure, baselines.Told(case_id, dtype, device), inputs)
+
+
 def run(
     suite: str, options: Options, say: Callable[[str], None]
 ) -> Iterator[tuple[list[Row], dict[str, str]]]:
     """As micro.run.
 
     Raises:
-        ValueError: unknown case. RefusedError: an op's checks fail.
+        ValueError: unknown case. RefusedError: an op's checks fail, or our network is wrong.
     """
     gate = Gate(options.device, options.gate, say)
     todo = [c for c in cases(suite) if options.takes(c.id)]
@@ -186,19 +214,50 @@ def run(
     for case in todo:
         gate.require(_OPS[case.measure])
         inputs = case.inputs()
+        judge = Judge(case.measure, inputs, options.device)
         for dtype in options.dtypes:
-            say(f"timing {case.measure} {case.id} {dtype}")
-            ours = {"vqfast": _ours(case, dtype, inputs, options.device)}
-            told = baselines.Told(case.id, dtype, options.device)
-            peers, missing = baselines.runners(case.measure, told, inputs, options.device)
-            times = race(
-                {**ours, **peers},
-                device=options.device,
-                rounds=options.rounds,
-                least_s=0.0,
-                budget_s=options.budget_s,
-            )
-            notes = {name: getattr(peer, "note", "") for name, peer in peers.items()}
-            notes["vqfast"] = _work(case, inputs) + ("" if options.gate else ", UNVERIFIED")
-            key = (case.measure, case.id, dtype)
-            yield rows_of(*key, times, {"vqfast"}, None, None, notes), missing
+            yield _race(case, dtype, inputs, judge, options, say)
+            torch.compiler.reset()  # what opponents compiled for this case
+
+
+def _race(
+    case: Case,
+    dtype: str,
+    inputs: tuple,
+    judge: Judge,
+    options: Options,
+    say: Callable[[str], None],
+) -> tuple[list[Row], dict[str, str]]:
+    say(f"preparing {case.measure} {case.id} {dtype}")
+    ours = _ours(case, dtype, inputs, options.device)
+    try:
+        judge.require(ours, dtype)
+    except WrongResultError as error:
+        raise RefusedError(f"{case.measure} {case.id} {dtype}: ours {error}") from None
+    peers, missing = baselines.runners(
+        case.measure,
+        baselines.Told(case.id, dtype, options.device),
+        inputs,
+        options.device,
+        chosen=lambda module: dtype in baselines.formats(module, case.measure),
+        once=lambda peer: judge.require(peer, dtype),
+    )
+    say(f"timing {case.measure} {case.id} {dtype}")
+    runs = {"vqfast": ours, **peers}
+    times = race(
+        runs,
+        device=options.device,
+        rounds=options.rounds,
+        least_s=0.0,
+        budget_s=options.budget_s,
+        warm=True,
+    )
+    notes = {name: getattr(peer, "note", "") for name, peer in peers.items()}
+    notes["vqfast"] = _work(case, inputs) + ("" if options.gate else ", UNVERIFIED")
+    key = (case.measure, case.id, dtype)
+    rows = rows_of(*key, times, {"vqfast"}, None, None, notes)
+    if options.memory:
+        say("the memory of a call")
+        extra = {n: memory.extra_mib(*key, n, options.device, run) for n, run in runs.items()}
+        rows = [r._replace(extra_mib=extra[r.contestant]) for r in rows]
+    return rows, missing

@@ -82,10 +82,12 @@ _QUALITY = {"nats": ".4f", "loss": "+.3%", "agreement": ".2%", "divergence": ".5
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned text, one block per measure. `ours is`: times faster than each opponent; `misses`:
-    rows of a search whose code is not the nearest, by kind of data.
+    """Aligned text, one block per measure. `ours is`: times faster than each opponent, said beside
+    the opponent where there is one contestant of ours; `misses`: rows of a search whose code is not
+    the nearest, by kind of data.
     """
     lines: list[str] = []
+    rows = [_split(r, rows) for r in rows]
     for measure in dict.fromkeys(r.measure for r in rows):
         unit = next(r.unit for r in rows if r.measure == measure)
         cells = [tuple(f"{h} per {unit}" if unit and h.endswith("ms") else h for h in _HEAD)]
@@ -101,13 +103,25 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _split(r: Row, rows: list[Row]) -> Row:
+    """A row with the ratios that it should show. Those of a sole contestant of ours move to the
+    rows of its peers, each as a ratio to "": six in one line would not be legible.
+    """
+    together = [x for x in rows if x[:3] == r[:3]]  # measure, case, dtype
+    ours = [x for x in together if x.ours]
+    if len(ours) != 1 or not set(ours[0].ratios) <= {x.contestant for x in together}:
+        return r
+    own = ours[0].ratios.get(r.contestant)
+    return r._replace(ratios={} if own is None else {"": own})
+
+
 def _cells(r: Row) -> tuple[str, ...]:
     def figure(x: float | None, form: str) -> str:
         return "-" if x is None else format(x, form)
 
     part = r.tokens is not None and r.of_tokens is not None and r.tokens < r.of_tokens
     capped = f"first {r.tokens} of {r.of_tokens} tokens" if part else ""
-    ratios = ", ".join(f"{x:.2f}x {name}" for name, x in r.ratios.items())
+    ratios = ", ".join(f"{x:.2f}x {name}".rstrip() for name, x in r.ratios.items())
     return (
         r.case,
         r.dtype,

@@ -61,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="PATH", default=quality.MODEL, help="quality (the shipped)")
     p.add_argument("--config", metavar="YAML", default=quality.RECIPE, help="quality: the recipe")
     p.add_argument("--base", metavar="REF", help="micro: another commit, built and run beside this")
+    p.add_argument(
+        "--memory",
+        action="store_true",
+        help="model, train: peak memory of a call, too, each contestant in a process of its own",
+    )
     p.add_argument("--no-gate", action="store_true", help="skip the checks; prints UNVERIFIED")
     p.add_argument("--json", action="store_true", help="stdout holds the JSON object alone")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw roofline and ratios")
@@ -136,7 +141,10 @@ def _suite(args: argparse.Namespace, say: Any) -> Any:
         rounds=args.rounds,
         budget_s=budget,
         gate=not args.no_gate,
+        memory=args.memory,
     )
+    if args.memory and args.suite not in ("model", "train"):
+        raise ValueError("--memory belongs to the suites model and train")
     if args.suite != "micro":
         if args.base or args.op or args.backend:
             raise ValueError("--base, --op and --backend belong to the suite micro")

@@ -155,7 +155,7 @@ def contestants(
 
 def _formats(module: Any, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """In which formats an opponent runs."""
-    able = getattr(module, "FORMATS", ("fp32", "bf16"))
+    able = baselines.formats(module, "generate")
     return tuple(f for f in wanted if f in able) or able[:1]
 
 

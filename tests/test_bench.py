@@ -178,7 +178,10 @@ def test_table_has_ratios_and_hides_empty_columns(bench):
     assert ours.p50 == pytest.approx(11) and ours.ratios == {"peer": pytest.approx(3)}
     assert ours.gflop_s == pytest.approx(2 / 0.011) and not peer.ratios
     text = report.table(rows)
-    assert "3.00x peer" in text and "% roof" not in text and "GB/s" in text
+    assert text.splitlines()[3].endswith("3.00x")  # beside the peer, as one of ours is there
+    assert "% roof" not in text and "GB/s" in text
+    second = ours._replace(contestant="vqfast triton")
+    assert report.table([ours, second, peer]).count("3.00x peer") == 2
     search = [ours._replace(misses={"gaussian": 0.0, "taming": 0.0125}, extra_mib=3.25), peer]
     text = report.table(search)
     assert "gaussian 0 %, taming 1.2 %" in text and "+MiB" in text and "3.2" in text

@@ -1,4 +1,5 @@
-"""Opponents, one per file, found by file name: nobody edits a list to add one.
+"""Opponents, one per file, found by file name: nobody edits a list to add one. Files whose name
+begins with _ hold what several share.
 
 An opponent file has
     MEASURES            the measures that it takes part in: names of ops, or of networks.py and
@@ -8,11 +9,12 @@ An opponent file has
         a function of the number of tokens to draw, whose inputs are (vqfast.GPT, cond [B, 1])
     DEVICES                 where it runs, ("cpu", "cuda") if it does not say; on another device its
         `version` is never called, so that what only a GPU needs is not imported without one
-    FORMATS                 of `generate`, ("fp32", "bf16") if it does not say
+    FORMATS                 measure -> formats, if it has a row in some only
 and may raise `Unsuitable` in `make` for a case that it cannot do. `inputs` are those of our own
 runner: the raw op's tensors and scalars, or what networks.py says. Preparation that a user would do
 once (an index that is built, norms of a frozen codebook) belongs into `make`, outside the clock. A
-function may carry a `note` for the table, such as another precision than that of the row.
+function may carry a `note` for the table, such as another precision than that of the row, and of
+`train_tokenizer` `looks_again`, if its discriminator sees images of the updated autoencoder.
 """
 
 import importlib
@@ -36,7 +38,7 @@ class Told(NamedTuple):
 
 def files() -> list[str]:
     """Names of all opponents."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def _module(name: str) -> ModuleType:
@@ -54,6 +56,11 @@ def available(module: ModuleType, device: str) -> str | None:
     except ImportError as error:
         return str(error).splitlines()[0]
     return None
+
+
+def formats(module: ModuleType, measure: str) -> tuple[str, ...]:
+    """The dtypes in which an opponent has rows of a measure."""
+    return getattr(module, "FORMATS", {}).get(measure, ("fp32", "bf16", "fp16"))
 
 
 def opponents(measure: str, device: str) -> tuple[dict[str, ModuleType], dict[str, str]]:

@@ -8,14 +8,16 @@ the autoencoder, adaptive weight, hinge loss.
 
 import sys
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from baselines import Unsuitable
+from baselines._plain_training import squeeze_state
 
 MEASURES = ("encode", "decode", "train_tokenizer", "generate")
-FORMATS = ("fp32",)  # of its sampler, which knows no other
+FORMATS = {"generate": ("fp32",)}  # its sampler knows no other
 
 
 def version() -> str:
@@ -92,17 +94,20 @@ def _quantizer(config: Any) -> torch.nn.Module:
     return VectorQuantizer2(config.n_embed, config.embed_dim, beta=config.beta)
 
 
-def _train_step(case: Any, config: Any, images: torch.Tensor, squeeze: bool) -> Any:
+def _train_step(case: Any, config: Any, images: torch.Tensor, start: Mapping[str, Any]) -> Any:
     """What Lightning does with its VQModel for one batch, its optimizers in turn: parameters of the
     others do not require gradients meanwhile.
     """
-    model = _vqmodel(config, squeeze).to(case.device).train()
+    if case.dtype not in ("fp32", "bf16"):
+        raise Unsuitable("trains in fp32 and bf16")
+    model = _vqmodel(config, start).to(case.device).train()
     optimizers = model.configure_optimizers()[0]
     weights = [[p for g in o.param_groups for p in g["params"]] for o in optimizers]
     batch = {"image": images.permute(0, 2, 3, 1).contiguous().to(case.device)}
     bf16 = case.dtype == "bf16"
 
-    def step() -> torch.Tensor:
+    def step() -> dict[str, torch.Tensor]:
+        losses = []
         for i, optimizer in enumerate(optimizers):
             for k, part in enumerate(weights):
                 for p in part:
@@ -112,25 +117,35 @@ def _train_step(case: Any, config: Any, images: torch.Tensor, squeeze: bool) -> 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return loss.detach()
+            losses.append(loss.detach())
+        return dict(zip(("loss", "disc_loss"), losses, strict=True))
 
+    step.note = "autocast" if bf16 else ""
+    step.looks_again = True
     return step
 
 
-def _vqmodel(config: Any, squeeze: bool) -> Any:
-    """Its VQModel with PatchGAN, from the first step on. Its perceptual net would fetch weights, so
-    there is none, or its formula on a SqueezeNet with random ones.
+def _vqmodel(config: Any, start: Mapping[str, Any]) -> Any:
+    """Its VQModel with PatchGAN, from the first step on, with the weights of `start`. Its
+    perceptual net would fetch others, so there is none, or its formula on a SqueezeNet.
     """
+    squeeze = "perceptual" in start
     _stand_ins()
     import taming.modules.losses.vqperceptual as losses
     from taming.models.vqgan import VQModel
 
-    torch.manual_seed(0)
     losses.LPIPS = _squeeze_lpips() if squeeze else torch.nn.Identity
     loss = {"disc_start": 0, "disc_weight": 0.8, "perceptual_weight": float(squeeze)}
     target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
     lossconfig = {"target": target, "params": loss}
     model = VQModel(_network_settings(config), lossconfig, config.n_embed, config.embed_dim)
+    for part in ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"):
+        state = start["vqgan"].items()
+        own = {k.removeprefix(f"{part}."): v for k, v in state if k.startswith(f"{part}.")}
+        getattr(model, part).load_state_dict(own)
+    model.loss.discriminator.load_state_dict(start["discriminator"])
+    if squeeze:
+        model.loss.perceptual_loss.load_state_dict(_perceptual_state(start["perceptual"]))
     model.learning_rate = 1e-4
     model.log = model.log_dict = lambda *_, **__: None  # there is no trainer to log to
     return model
@@ -141,6 +156,8 @@ def _squeeze_lpips() -> type:
     from torchvision.models import squeezenet1_1
 
     class SqueezeLPIPS(lpips.LPIPS):
+        """Without the dropout of its heads, which would draw other losses each time."""
+
         ENDS, chns = (2, 5, 8, 10, 11, 12, 13), (64, 128, 256, 384, 384, 512, 512)
 
         def __init__(self) -> None:
@@ -151,7 +168,9 @@ def _squeeze_lpips() -> type:
                 layers[a:b] for a, b in zip(starts, self.ENDS, strict=False)
             )
             self.scaling_layer = lpips.ScalingLayer()
-            self.heads = torch.nn.ModuleList(lpips.NetLinLayer(c, True) for c in self.chns)
+            self.heads = torch.nn.ModuleList(lpips.NetLinLayer(c, 1, True) for c in self.chns)
+            for head in self.heads:
+                head.model[0] = torch.nn.Identity()
             self.requires_grad_(False)
 
         def taps(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -168,6 +187,11 @@ def _squeeze_lpips() -> type:
             return total
 
     return SqueezeLPIPS
+
+
+def _perceptual_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    found = squeeze_state(state)
+    return {f"scaling_layer.{k}" if k in ("shift", "scale") else k: v for k, v in found.items()}
 
 
 def _generate(case: Any, gpt: Any, cond: torch.Tensor) -> Any:

@@ -53,6 +53,7 @@ def race(
     rounds: int = 7,
     least_s: float = 0.04,
     budget_s: float = 30.0,
+    warm: bool = False,
 ) -> dict[str, Times]:
     """Times each function in interleaved rounds after a warm-up.
 
@@ -61,13 +62,15 @@ def race(
         device: "cpu" or "cuda"; on CUDA events are recorded around the calls.
         rounds: at most; fewer (but at least 3) when `budget_s` would be passed.
         least_s: a round repeats a short function until it takes this long.
+        warm: the functions have run before; there is no warm-up.
 
     Returns:
         name -> Times, with every round's figure, so that ratios can be taken round by round.
     """
     first = {}
     for name, fn in runners.items():
-        fn()
+        if not warm:
+            fn()
         _synchronise(device)
         first[name] = _seconds(fn, 1, device)
         _synchronise(device)
