@@ -123,6 +123,6 @@ def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return _Matrices.apply(x, weight, bias)
     many = x.shape[2] * x.shape[3] >= _LEAST_POSITIONS and min(weight.shape[:2]) >= _LEAST_CHANNELS
-    if many and x.dtype == weight.dtype == torch.float32:
+    if many and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16):
         return _Winograd.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)
