@@ -78,9 +78,7 @@ struct Shape {
 struct Corner {  // of a tile: its image, and the first row and column of its 2x2 positions
   int64_t image, row, column;
   Corner(const Shape& s, int64_t tile)
-      : image(tile / s.tiles),
-        row(tile % s.tiles / s.across * 2),
-        column(tile % s.across * 2) {}
+      : image(tile / s.tiles), row(tile % s.tiles / s.across * 2), column(tile % s.across * 2) {}
 };
 
 // kNative: vdpbf16ps and its rounding are there
