@@ -23,23 +23,26 @@ from vqfast.ops import conv3x3, conv3x3_weight
 _LEAST_POSITIONS, _LEAST_CHANNELS = 1024, 32
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """ops.conv3x3 of x [B, C, H, W], or of its images as one if each has too few positions."""
     B, C, H, W = x.shape
     if H * W >= _LEAST_POSITIONS:
-        return conv3x3(x, weight, bias)
+        return conv3x3(x, weight, bias, residual)
     stacked = x.new_zeros((B, H + 1, W, C))
     stacked[:, :H] = x.movedim(1, -1)
     y = conv3x3(stacked.view(1, -1, W, C).movedim(-1, 1), weight, bias)
-    return y.movedim(1, -1).view(B, H + 1, W, -1)[:, :H].contiguous().movedim(-1, 1)
+    y = y.movedim(1, -1).view(B, H + 1, W, -1)[:, :H].contiguous().movedim(-1, 1)
+    return y if residual is None else y.add_(residual)
 
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         # detached: callers add to the result in place, which autograd forbids on a view
-        return _conv(x, weight, bias).detach()
+        return _conv(x, weight, bias, residual).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -49,13 +52,15 @@ class _Winograd(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             turned = weight.flip(2, 3).transpose(0, 1)
             dx = _conv(grad, turned, grad.new_zeros(x.shape[1]))
-        if any(ctx.needs_input_grad[1:]):
+        if any(ctx.needs_input_grad[1:3]):
             dw, db = conv3x3_weight(x, grad)
-        return dx, dw, db
+        return dx, dw, db, grad if ctx.needs_input_grad[3] else None
 
 
-def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=1), on a CPU differentiable once and faster.
+def trained_conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """F.conv2d(x, weight, bias, padding=1) + residual, on a CPU differentiable once and faster.
 
     Float32 and bfloat16 batches of at least 1024 positions and 32 channels on both sides take
     `ops.conv3x3`, in the precision of autocast if that is on; all others `trained_conv`.
@@ -64,6 +69,7 @@ def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x: [B, C, H, W]; channels_last for no copy.
         weight: [O, C, 3, 3]; channels_last for no copy.
         bias: [O].
+        residual: [B, O, H, W] or None.
 
     Returns:
         [B, O, H, W] like x (under autocast of its dtype).
@@ -75,5 +81,9 @@ def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     many = x.shape[0] * x.shape[2] * x.shape[3] >= _LEAST_POSITIONS
     right = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
     if many and right and x.device.type == "cpu" and min(weight.shape[:2]) >= _LEAST_CHANNELS:
-        return _Winograd.apply(x, weight, bias)
-    return trained_conv(x, weight, bias, padding=1)
+        same = residual is not None and residual.dtype == x.dtype
+        y = _Winograd.apply(x, weight, bias, residual if same else None)
+        return y if same or residual is None else y.add_(residual)
+    y = trained_conv(x, weight, bias, padding=1)
+    # in place: no backward pass needs the output of a convolution
+    return y if residual is None else y.add_(residual)
