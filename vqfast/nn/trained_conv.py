@@ -85,7 +85,9 @@ def _folded(
     padded = parts.new_zeros((B, H + 2 * padding, W + 2 * padding, C))
     for p in range(side):
         for q in range(side):
-            padded[:, p : p + stride * h : stride, q : q + stride * w : stride] += parts[:, :, :, p, q]
+            padded[:, p : p + stride * h : stride, q : q + stride * w : stride] += parts[
+                :, :, :, p, q
+            ]
     return padded[:, padding : padding + H, padding : padding + W].movedim(-1, 1)
 
 
@@ -97,6 +99,15 @@ def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
         return x, *others
     kind = torch.get_autocast_dtype("cpu")
     return tuple(t if t is None else t.to(kind) for t in (x, *others))
+
+
+def _by_matrices(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    fits = x.dim() == weight.dim() == 4 and x.shape[1:2] == weight.shape[1:2]
+    right = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    if not (fits and right and x.device.type == "cpu" and weight.shape[2] == weight.shape[3]):
+        return False
+    h, w = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
+    return min(h, w) > 0 and 0 < x.shape[0] * h * w <= FEW_POSITIONS
 
 
 def trained_conv(
@@ -119,11 +130,7 @@ def trained_conv(
         within three times.
     """
     x, weight, bias = as_autocast(x, weight, bias)
-    side = weight.shape[2]
-    h, w = ((n + 2 * padding - side) // stride + 1 for n in x.shape[2:])
-    few = min(h, w) > 0 and 0 < x.shape[0] * h * w <= FEW_POSITIONS
-    right = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    if not (few and right and x.device.type == "cpu" and side == weight.shape[3]):
+    if not _by_matrices(x, weight, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)
     with torch.autocast("cpu", enabled=False):
         return _Matrices.apply(x, weight, bias, stride, padding)
