@@ -49,6 +49,25 @@ VQFAST_INLINE VF dot2(VF acc, VI w, VI x) {
   return fma((VF)(w & high), (VF)(x & high), acc);
 }
 
+// low and high rounded to bfloat16, to nearest even, side by side in each lane
+template <bool kNative>
+VQFAST_INLINE VI pair(VF low, VF high) {
+#if VQFAST_LANES == 16
+  if constexpr (kNative) {
+    __m512i halves;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(high), "v"(low));
+    VI order;
+    for (int i = 0; i < 16; ++i) order[i] = i | (16 + i) << 16;
+    return (VI)_mm512_permutexvar_epi16((__m512i)order, halves);
+  }
+#endif
+  const auto rounded = [](VF v) __attribute__((always_inline)) {
+    const VI bits = (VI)v;  // NaN stays NaN
+    return (v != v) ? (bits | 0x400000) : bits + 0x7FFF + ((bits >> 16) & 1);
+  };
+  return (rounded(low) >> 16 & 0xFFFF) | (rounded(high) & static_cast<int32_t>(0xFFFF0000u));
+}
+
 VQFAST_INLINE VI load_int(const void* p) {
   VI v;
   __builtin_memcpy(&v, p, sizeof v);

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from vqfast.nn.attention import SpatialAttention, spatial_attention
 from vqfast.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, upsample_conv
+from vqfast.nn.trained_conv import trained_conv
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
 from vqfast.ops import conv3x3
-from vqfast.testing import tolerances
+from vqfast.testing import compare, tolerances
 
 
 def test_downsampling_pads_right_and_bottom_only():
@@ -129,40 +130,104 @@ def test_conv3x3_refuses():
         conv3x3(x, w, b, scale=3)
 
 
+def run_with_gradients(conv, inputs, grad, kind):
+    """y and the gradient of every input, computed in dtype `kind`."""
+    given = [t.to(kind).requires_grad_() for t in inputs]
+    y = conv(*given)
+    return y.detach(), *torch.autograd.grad(y, given, grad.to(kind))
+
+
+def assert_within_budget(ours, plain, inputs, grad):
+    dtype = grad.dtype
+    found = zip(
+        run_with_gradients(ours, inputs, grad, dtype),
+        run_with_gradients(plain, inputs, grad, dtype),
+        run_with_gradients(plain, inputs, grad, torch.float64),
+        strict=True,
+    )
+    for i, (out, theirs, exact) in enumerate(found):
+        assert out.dtype == dtype
+        factor = tolerances.BACKWARD if i else tolerances.FORWARD
+        assert compare.budget_ratio(out, theirs, exact, factor) <= 1
+
+
+# by Winograd (images one by one, and stacked), by matrices, by torch
 @pytest.mark.parametrize(
     ("B", "C", "outs", "H", "W"),
     [
         (2, 64, 48, 32, 34),
         (1, 33, 40, 1, 1025),
+        (5, 40, 33, 15, 14),
+        (16, 32, 32, 8, 8),
         (3, 32, 64, 5, 7),
         (1, 3, 5, 1, 1),
         (4, 8, 8, 8, 8),
+        (2, 8, 40, 16, 20),
     ],
 )
+@pytest.mark.parametrize("adds", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_trained_convolution_keeps_the_budget_of_every_gradient(B, C, outs, H, W, dtype):
+def test_a_trained_convolution_keeps_the_budget_of_every_gradient(B, C, outs, H, W, adds, dtype):
     g = torch.Generator().manual_seed(H)
-    shapes = ((B, C, H, W), (outs, C, 3, 3), (outs,))
+    shapes = [(B, C, H, W), (outs, C, 3, 3), (outs,)] + [(B, outs, H, W)] * adds
     inputs = [torch.randn(s, generator=g).to(dtype) for s in shapes]
     inputs[1] /= (9 * C) ** 0.5
     grad = torch.randn((B, outs, H, W), generator=g).to(dtype)
 
-    def run(conv, kind):
-        given = [t.to(kind).requires_grad_() for t in inputs]
-        y = conv(*given)
-        return y.detach(), *torch.autograd.grad(y, given, grad.to(kind))
+    def plain(x, w, b, residual=None):
+        y = F.conv2d(x, w, b, padding=1)
+        return y if residual is None else y + residual
 
-    def plain(x, w, b):
-        return F.conv2d(x, w, b, padding=1)
+    assert_within_budget(trained_conv3x3, plain, inputs, grad)
 
-    found = zip(
-        run(trained_conv3x3, dtype), run(plain, dtype), run(plain, torch.float64), strict=True
-    )
-    for i, (ours, theirs, exact) in enumerate(found):
-        assert ours.dtype == dtype and ours.shape == exact.shape
-        factor = tolerances.BACKWARD if i else tolerances.FORWARD
-        allowed = factor * (theirs - exact).abs().max() + tolerances.EPS[dtype] * exact.abs().max()
-        assert (ours - exact).abs().max() <= allowed
+
+@pytest.mark.parametrize(
+    ("B", "C", "outs", "H", "W", "side", "stride", "padding"),
+    [
+        (2, 16, 24, 8, 8, 1, 1, 0),
+        (1, 5, 7, 9, 11, 1, 2, 0),
+        (3, 8, 12, 9, 9, 3, 2, 0),
+        (2, 8, 12, 8, 10, 4, 2, 1),
+        (2, 8, 12, 8, 7, 4, 1, 1),
+        (1, 8, 1, 3, 3, 4, 1, 1),
+        (4, 8, 12, 16, 16, 3, 1, 1),  # too many positions
+    ],
+)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_by_matrices_keeps_the_budget_of_every_gradient(
+    B, C, outs, H, W, side, stride, padding, has_bias, dtype
+):
+    g = torch.Generator().manual_seed(H)
+    shapes = [(B, C, H, W), (outs, C, side, side)] + [(outs,)] * has_bias
+    inputs = [torch.randn(s, generator=g).to(dtype) for s in shapes]
+    inputs[1] /= side * C**0.5
+    steps = {"stride": stride, "padding": padding}
+
+    def plain(x, w, b=None):
+        return F.conv2d(x, w, b, **steps)
+
+    grad = torch.randn(plain(*inputs).shape, generator=g).to(dtype)
+    assert_within_budget(lambda *t: trained_conv(*t, **steps), plain, inputs, grad)
+
+
+def test_a_trained_convolution_takes_the_precision_of_autocast():
+    x, w = torch.randn(2, 32, 4, 4), torch.randn(32, 32, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in (x, x.repeat(1, 1, 8, 8)):
+            given = w.clone().requires_grad_()
+            y = trained_conv3x3(batch, given, torch.zeros(32))
+            assert y.dtype == torch.bfloat16
+            assert torch.autograd.grad(y.sum(), given)[0].dtype == torch.float32
+        assert trained_conv(x.double(), w.double(), padding=1).dtype == torch.float64
+
+
+def test_a_convolution_that_does_not_fit_is_refused_as_by_torch():
+    x, w = torch.randn(1, 8, 2, 2), torch.randn(8, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        trained_conv(x, w)
+    with pytest.raises(RuntimeError, match="channels"):
+        trained_conv(torch.randn(1, 7, 4, 4), w)
 
 
 def test_a_trained_convolution_can_be_added_to_in_place():

@@ -209,7 +209,7 @@ class Stage1Loss(nn.Module):
             if self.perceptual is not None:
                 perceptual = self.perceptual(_wide(x), leaf).mean()
             if factor:
-                gan = -_wide(self.discriminator(leaf)).mean()
+                gan = -_wide(_frozen(self.discriminator, leaf)).mean()
         nll = rec + self.perceptual_weight * perceptual
         codebook = codebook_loss.mean()
         if has_graph:
@@ -281,6 +281,12 @@ class _WithGradient(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # multiplied before the cast: a loss scale has to lift small values first
         return (grad * gradient).to(ctx.dtype), None, None
+
+
+def _frozen(net: nn.Module, x: Tensor) -> Tensor:
+    """net(x), for gradients of x alone: those of its weights are not computed."""
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    return torch.func.functional_call(net, weights, (x,))
 
 
 def _perceptual(net: str, weights: str | Path | None, heads: str | Path | None) -> LPIPS:

@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vqfast import _check
+from vqfast.nn.trained_conv import Conv2d
 
 
 class ActNorm(nn.Module):
@@ -81,7 +82,7 @@ class NLayerDiscriminator(nn.Module):
             _check.integer(name, value, low=1)
         self.input_nc, self.n_layers = input_nc, n_layers
         norm = ActNorm if use_actnorm else nn.BatchNorm2d
-        layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [Conv2d(input_nc, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
         before = ndf
         for n in range(1, n_layers + 1):
             width = ndf * min(2**n, 8)
@@ -89,12 +90,12 @@ class NLayerDiscriminator(nn.Module):
             stride = 2 if n < n_layers else 1
             layers += [
                 # BatchNorm has a bias of its own
-                nn.Conv2d(before, width, 4, stride, 1, bias=use_actnorm),
+                Conv2d(before, width, 4, stride, 1, bias=use_actnorm),
                 norm(width),
                 nn.LeakyReLU(0.2),
             ]
             before = width
-        layers.append(nn.Conv2d(before, 1, 4, 1, 1))
+        layers.append(Conv2d(before, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)
         self.apply(_initialize)
 

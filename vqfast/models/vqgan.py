@@ -29,6 +29,7 @@ from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
 from vqfast.nn.quantizers.gumbel import GumbelQuantizer
 from vqfast.nn.quantizers.vector import VectorQuantizer
+from vqfast.nn.trained_conv import Conv2d
 
 __all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig"]
 
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = _middle(c, width)
         self.norm_out = GroupNormSiLU(width)
-        self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
         super().__init__()
         last = len(c.ch_mult) - 1
         width, size = c.ch * c.ch_mult[last], c.resolution // c.factor
-        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(c.z_channels, width, 3, padding=1)
         self.mid = _middle(c, width)
         levels = []
         for i in range(last, -1, -1):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast.nn.blocks import group_norm
+from vqfast.nn.trained_conv import Conv2d
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv2d(channels, channels, 1)
+        self.k = Conv2d(channels, channels, 1)
+        self.v = Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqfast.nn.trained_conv import Conv2d
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
 from vqfast.ops import conv3x3, group_norm_silu
 
@@ -60,10 +61,8 @@ class Conv3x3(nn.Conv2d):
         if _by_op(x, self):
             return conv3x3(x, self.weight, self.bias, residual)
         if torch.is_grad_enabled():
-            y = trained_conv3x3(x, self.weight, self.bias)
-        else:
-            y = super().forward(x)
-        # in place: no backward pass needs the output of a convolution
+            return trained_conv3x3(x, self.weight, self.bias, residual)
+        y = super().forward(x)
         return y if residual is None else y.add_(residual)
 
 
@@ -84,7 +83,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
         changes = in_channels != out_channels
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes else None
+        self.nin_shortcut = Conv2d(in_channels, out_channels, 1) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         # one expression: a name for the middle would keep it alive through the second convolution
@@ -103,7 +102,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vqfast.train import state
 from vqfast.train.distributed import World
 from vqfast.train.ema import EMA
+from vqfast.train.heap import keep_freed_memory
 
 __all__ = ["BadStep", "Stage"]
 
@@ -55,6 +56,8 @@ class Stage:
 
     def __init__(self, world: World, precision: str = "fp32"):
         self.world, self._dtype = world, _DTYPES[precision]
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.skipped = 0
         self.modules: dict[str, nn.Module] = {}
