@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import _check
+from vqfast.nn.trained_heads import trained_heads
 from vqfast.ops import causal_attention, cross_entropy
 
 __all__ = ["GPT", "GPTConfig"]
@@ -89,10 +90,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, S, E = x.shape
         # views, [B, H, S, d]: the kernel takes their strides
-        q, k, v = (
-            layer(x).view(B, S, self.n_head, E // self.n_head).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        q, k, v = trained_heads(x, (self.query, self.key, self.value), self.n_head)
         dropout = self.attn_pdrop if self.training else 0.0
         if dropout or self.n_unmasked:
             mask = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()
