@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import _check
+from vqfast.nn.linear_cross_entropy import linear_cross_entropy
 from vqfast.nn.trained_heads import trained_heads
-from vqfast.ops import causal_attention, cross_entropy
+from vqfast.ops import causal_attention
 
 __all__ = ["GPT", "GPTConfig"]
 
@@ -154,6 +155,10 @@ class GPT(nn.Module):
             TypeError: tokens are not integers. ValueError: shapes, devices or token ids are wrong,
                 or Tc + T - 1 > block_size.
         """
+        return self.head(self.features(idx, cond))
+
+    def features(self, idx: Tensor, cond: Tensor) -> Tensor:
+        """What the head reads, [B, T, E]; arguments and errors as `forward`."""
         self._check_tokens("idx", idx)
         self._check_tokens("cond", cond)
         T, Tc = idx.shape[1], cond.shape[1]
@@ -168,7 +173,7 @@ class GPT(nn.Module):
                 f"got {Tc} + {T} - 1 tokens"
             )
         tokens = torch.cat([cond, idx], dim=1)[:, :-1]  # [B, S]
-        return self.head(self.ln_f(self.hidden(tokens)[:, Tc - 1 :]))
+        return self.ln_f(self.hidden(tokens)[:, Tc - 1 :])
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """[B, S] token ids -> [B, S, E], the output of the last block."""
@@ -208,8 +213,7 @@ class GPT(nn.Module):
                 self.config.vocab_size, idx.shape, generator=generator, device=device
             )
             seen = torch.where(keep.to(idx.device), idx, other.to(idx.device))
-        logits = self(seen, cond)
-        return cross_entropy(logits, idx)
+        return linear_cross_entropy(self.features(seen, cond), self.head.weight, idx)
 
     def decay_groups(self, weight_decay: float = 0.01) -> list[dict[str, Any]]:
         """Two parameter groups for AdamW: the weights of Linear layers decay; all else does not."""

@@ -46,7 +46,8 @@ class _PackedHeads(torch.autograd.Function):
         flat = together.view(B * S, -1)  # [M, n · E]
         dx = (flat @ packed).view(B, S, -1).to(ctx.like) if ctx.needs_input_grad[0] else None
         wanted, n, E = ctx.needs_input_grad[2:], len(grads), H * d
-        dw, db = [None] * n, [None] * n
+        dw: Sequence[Any] = [None] * n
+        db: Sequence[Any] = [None] * n
         if any(wanted[:n]):
             dw = (flat.T @ rows).split(E)
         if any(wanted[n:]):
