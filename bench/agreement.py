@@ -5,6 +5,7 @@ is beaten, or beats us, who computes something else.
                        the largest error, by what plain torch at the same dtype has (tolerances.py)
     train_tokenizer    the losses of the first two steps against those of plain torch in float32:
                        the second are those after one update of both networks
+    train_transformer  the first loss against ours, of those marked `same_weights`
 
 The plain network is baselines/_plain_vqgan.py; its step _plain_training.py.
 """
@@ -52,7 +53,16 @@ class Judge:
         elif self.measure in ("encode", "decode"):
             self._same_result(run(), dtype)
         else:
-            run()
+            self._same_loss(run, dtype)
+
+    def _same_loss(self, run: Callable[[], Any], dtype: str) -> None:
+        loss = float(run())
+        # ours runs first
+        right = self._plain.setdefault(f"first loss {dtype}", loss)
+        if not getattr(run, "same_weights", False):
+            return
+        if not abs(loss - right) <= tolerances.SAME_LOSS[_plain_vqgan.DTYPES[dtype]] * abs(right):
+            raise WrongResultError(f"has a first loss of {loss:.6f}, ours {right:.6f}")
 
     def _same_result(self, out: Tensor, dtype: str) -> None:
         if dtype not in self._plain:

@@ -6,7 +6,7 @@ Measures and their inputs, which opponents get too:
     train_tokenizer     (VQGANConfig, images, start)   one step of generator and discriminator that
         gives their losses by name; start holds the state dicts `vqgan`, `discriminator` and, in
         cases with a perceptual net, `perceptual`: a SqueezeNet with random weights
-    train_transformer   (GPTConfig, idx, cond)   forward, backward and AdamW
+    train_transformer   (GPT, idx, cond)   forward, backward and AdamW, from copies of its weights
 The gate is that of every op that the network runs on; then each contestant is held against plain
 torch (agreement.py), and with --memory what a call takes is measured in a process of its own.
 """
@@ -49,7 +49,7 @@ _STEPS = {  # id: VQGAN, batch, side, SqueezeNet
     "small_64": ("small_64", 8, 64, False),
 }
 _TRAINED = {"gpt_336m": ("gpt_336m", 1), "gpt_336m_batch8": ("gpt_336m", 8)}
-_TRAINED |= {"gpt_small": ("gpt_small", 1)}  # id: GPT, batch
+_TRAINED |= {"gpt_small": ("gpt_small", 1), "gpt_small_batch8": ("gpt_small", 8)}  # id: GPT, batch
 _OPS = {
     "encode": ("group_norm_silu", "conv3x3", "nearest"),
     "decode": ("group_norm_silu", "conv3x3"),
@@ -103,7 +103,9 @@ def _gpt_inputs(name: str) -> tuple:
     model, batch = _TRAINED[name]
     config, g = GPTS[model], torch.Generator().manual_seed(2)
     cond = torch.randint(8, (batch, 1), generator=g)
-    return config, torch.randint(config.vocab_size, (batch, 256), generator=g), cond
+    idx = torch.randint(config.vocab_size, (batch, 256), generator=g)
+    torch.manual_seed(0)
+    return GPT(config), idx, cond
 
 
 def cases(suite: str) -> list[Case]:
@@ -158,10 +160,9 @@ def _our_train_tokenizer(
 
 
 def _our_train_transformer(
-    dtype: str, device: str, config: GPTConfig, idx: torch.Tensor, cond: torch.Tensor
+    dtype: str, device: str, gpt: GPT, idx: torch.Tensor, cond: torch.Tensor
 ) -> Callable:
-    torch.manual_seed(0)
-    model = GPT(config).to(device).train()
+    model = copy.deepcopy(gpt).to(device).train()
     optimizer = torch.optim.AdamW(model.decay_groups(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     idx, cond = idx.to(device), cond.to(device)
 

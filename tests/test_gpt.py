@@ -166,15 +166,15 @@ def test_loss_is_the_mean_over_image_tokens():
 def test_pkeep_replaces_inputs_and_never_targets_or_condition(pkeep, monkeypatch):
     gpt, cond, idx = _gpt().train(), _tokens(2, 2), _tokens(2, 9)
     read = []
-    forward = gpt.forward
-    monkeypatch.setattr(gpt, "forward", lambda i, c: read.append((i, c)) or forward(i, c))
+    features = gpt.features
+    monkeypatch.setattr(gpt, "features", lambda i, c: read.append((i, c)) or features(i, c))
     draw = torch.Generator().manual_seed(3)
     loss = gpt.loss(idx, cond, pkeep=pkeep, generator=draw)
     ((seen, seen_cond),) = read
     assert torch.equal(seen_cond, cond)
     kept = (seen == idx).float().mean().item()
     assert abs(kept - (pkeep + (1 - pkeep) / 23)) < 0.35 and kept < 1
-    expected = F.cross_entropy(forward(seen, cond).reshape(-1, 23), idx.reshape(-1))
+    expected = F.cross_entropy(gpt(seen, cond).reshape(-1, 23), idx.reshape(-1))
     torch.testing.assert_close(loss, expected)
     again = gpt.loss(idx, cond, pkeep=pkeep, generator=torch.Generator().manual_seed(3))
     assert torch.equal(loss, again)

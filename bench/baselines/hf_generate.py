@@ -21,7 +21,7 @@ def make(measure: str, case: Any, inputs: tuple) -> Any:
 
     if measure != "generate" and case.dtype not in ("fp32", "bf16"):
         raise Unsuitable("trains in fp32 and bf16")
-    config = inputs[0].config if measure == "generate" else inputs[0]
+    config = inputs[0].config
     torch.manual_seed(0)
     shape = GPT2Config(
         vocab_size=config.vocab_size,

@@ -3,7 +3,8 @@ eager torch.
 
 Newer libraries dropped names that it imports; stand-ins are put in their place. A training step is
 its own `training_step` with VQLPIPSWithDiscriminator, which needs pytorch-lightning: two passes of
-the autoencoder, adaptive weight, hinge loss.
+the autoencoder, adaptive weight, hinge loss. A step of the second stage is its GPT with
+F.cross_entropy and AdamW, as in its Net2NetTransformer.
 """
 
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 
-from baselines import Unsuitable
+from baselines import Unsuitable, torch_gpt
 from baselines._plain_training import squeeze_state
 
-MEASURES = ("encode", "decode", "train_tokenizer", "generate")
+MEASURES = ("encode", "decode", "train_tokenizer", "train_transformer", "generate")
 FORMATS = {"generate": ("fp32",)}  # its sampler knows no other
 
 
@@ -37,6 +38,8 @@ def make(measure: str, case: Any, inputs: tuple) -> Any:
         return _generate(case, *inputs)
     if measure == "train_tokenizer":
         return _train_step(case, *inputs)
+    if measure == "train_transformer":
+        return _train_gpt(case, *inputs)
     model, data = inputs
     net = _network(model.config).eval().requires_grad_(False)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("quantize.")}
@@ -195,13 +198,39 @@ def _perceptual_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generate(case: Any, gpt: Any, cond: torch.Tensor) -> Any:
-    mingpt, config = _mingpt(), gpt.config
+    mingpt = _mingpt()
+    # the same parameters, not a copy
+    model = _gpt(mingpt, case, gpt, assign=True).eval()
+    return lambda n: mingpt.sample_with_past(cond, model, n, top_k=100, top_p=1.0)
+
+
+def _train_gpt(case: Any, gpt: Any, idx: torch.Tensor, cond: torch.Tensor) -> Any:
+    if sum(p.numel() for p in gpt.parameters()) > 100_000_000:
+        raise Unsuitable("left out above 100 M parameters: memory of all contestants at once")
+    model = _gpt(_mingpt(), case, gpt).train()
+
+    class Logits(torch.nn.Module):
+        """Its forward gives (logits, loss)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = model
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.gpt(tokens)[0]
+
+    return torch_gpt.training_step(Logits(), case, idx, cond)
+
+
+def _gpt(mingpt: types.ModuleType, case: Any, gpt: Any, assign: bool = False) -> torch.nn.Module:
+    """Its GPT with the weights of ours, and no dropout."""
+    config = gpt.config
     shape = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd")}
     with torch.device(case.device):
-        model = mingpt.GPT(config.vocab_size, config.block_size, **shape).eval()
-    # the same parameters, not a copy; its masks are buffers, which ours has not
-    model.load_state_dict({**model.state_dict(), **gpt.state_dict()}, assign=True)
-    return lambda n: mingpt.sample_with_past(cond, model, n, top_k=100, top_p=1.0)
+        model = mingpt.GPT(config.vocab_size, config.block_size, **shape)
+    # its masks are buffers, which ours has not
+    model.load_state_dict({**model.state_dict(), **gpt.state_dict()}, assign=assign)
+    return model
 
 
 def _stand_ins() -> None:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.ops import causal_attention, cross_entropy
+from vqfast.nn.linear_cross_entropy import linear_cross_entropy
+from vqfast.nn.trained_heads import trained_heads
+from vqfast.ops import causal_attention
 
 __all__ = ["GPT", "GPTConfig"]
 
@@ -89,10 +91,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, S, E = x.shape
         # views, [B, H, S, d]: the kernel takes their strides
-        q, k, v = (
-            layer(x).view(B, S, self.n_head, E // self.n_head).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        q, k, v = trained_heads(x, (self.query, self.key, self.value), self.n_head)
         dropout = self.attn_pdrop if self.training else 0.0
         if dropout or self.n_unmasked:
             mask = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()
@@ -156,6 +155,10 @@ class GPT(nn.Module):
             TypeError: tokens are not integers. ValueError: shapes, devices or token ids are wrong,
                 or Tc + T - 1 > block_size.
         """
+        return self.head(self.features(idx, cond))
+
+    def features(self, idx: Tensor, cond: Tensor) -> Tensor:
+        """What the head reads, [B, T, E]; arguments and errors as `forward`."""
         self._check_tokens("idx", idx)
         self._check_tokens("cond", cond)
         T, Tc = idx.shape[1], cond.shape[1]
@@ -170,7 +173,7 @@ class GPT(nn.Module):
                 f"got {Tc} + {T} - 1 tokens"
             )
         tokens = torch.cat([cond, idx], dim=1)[:, :-1]  # [B, S]
-        return self.head(self.ln_f(self.hidden(tokens)[:, Tc - 1 :]))
+        return self.ln_f(self.hidden(tokens)[:, Tc - 1 :])
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """[B, S] token ids -> [B, S, E], the output of the last block."""
@@ -210,8 +213,7 @@ class GPT(nn.Module):
                 self.config.vocab_size, idx.shape, generator=generator, device=device
             )
             seen = torch.where(keep.to(idx.device), idx, other.to(idx.device))
-        logits = self(seen, cond)
-        return cross_entropy(logits, idx)
+        return linear_cross_entropy(self.features(seen, cond), self.head.weight, idx)
 
     def decay_groups(self, weight_decay: float = 0.01) -> list[dict[str, Any]]:
         """Two parameter groups for AdamW: the weights of Linear layers decay; all else does not."""
