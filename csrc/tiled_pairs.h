@@ -1,24 +1,20 @@
 // Pairs of bfloat16 in the 32 bits of a lane, the operands of vdpbf16ps: a step of a product takes
 // two elements of the sum. For the attention kernels. No include guard: a kernel file includes it
-// once per instruction set, after tiled_attention.h and dot.h.
+// once per instruction set, after tiled_attention.h.
 //
 // A vector of pairs travels as VF. Only lanes of 512 bits have them; whether the CPU does is
 // has_avx512_bf16() in kernel.h.
 
 namespace vqfast::VQFAST_ISA::attention {
 
-// x * y + acc; kPairs: the sum of both products of each lane.
-template <bool kPairs>
-VQFAST_INLINE VF multiply_add(VF x, VF y, VF acc) {
-  if constexpr (kPairs) return dot2<true>(acc, (VI)x, (VI)y);
-  return fma(x, y, acc);
-}
-
 // The first element of each pair, and zero.
 VQFAST_INLINE VF first_of_pair(VF x) { return (VF)((VI)x & 0xFFFF); }
 
 // The rest is defined for lanes of 512 bits only, and declared for the branches not taken.
+VF round_both(VF a, VF b);
+VF interleave(VF both);
 VF round_pair(VF a, VF b);
+void store_halves(float* a, float* b, VF both);
 VF add_pair(VF sum, VF pair);
 void pack_row_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst, int ld);
 void pack_transposed_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst,
@@ -27,13 +23,27 @@ void pack_pairs_of_rows(const Head& x, int64_t begin, int64_t n, float* dst, int
 
 #if VQFAST_LANES == 16
 
-// (a, b) of each lane, rounded to nearest even.
-VQFAST_INLINE VF round_pair(VF a, VF b) {
-  __m512i both;  // the 16 of a, then the 16 of b
+// The 16 of a, then the 16 of b, rounded to nearest even.
+VQFAST_INLINE VF round_both(VF a, VF b) {
+  __m512i both;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(b), "v"(a));
+  return (VF)both;
+}
+
+// (a, b) of each lane, from round_both.
+VQFAST_INLINE VF interleave(VF both) {
   const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (VF)_mm512_permutexvar_epi16(turns, both);
+  return (VF)_mm512_permutexvar_epi16(turns, (__m512i)both);
+}
+
+// (a, b) of each lane, rounded to nearest even.
+VQFAST_INLINE VF round_pair(VF a, VF b) { return interleave(round_both(a, b)); }
+
+// From round_both: a's and b's numbers in pairs of neighbours, 8 each.
+VQFAST_INLINE void store_halves(float* a, float* b, VF both) {
+  _mm256_storeu_si256((__m256i*)a, _mm512_castsi512_si256((__m512i)both));
+  _mm256_storeu_si256((__m256i*)b, _mm512_extracti64x4_epi64((__m512i)both, 1));
 }
 
 // sum + both elements of each pair.

@@ -41,16 +41,18 @@ REFUSES(causal_attention_backward, why_not)
 #define VQFAST_THIS_FILE "cpu/causal_attention_backward.cpp"
 #include "foreach_isa.h"
 #include "tiled_attention.h"
+#include "tiled_pairs.h"
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
 using namespace attention;
 
-constexpr int kKeyBlock = 96;  // both are multiples of kRows; keys also of kLanes
-constexpr int kRowBlock = 48;
+constexpr int kKeyBlock = 96;  // both are multiples of kRows and even; keys also of kLanes
+constexpr int kRowBlock = 96;
 constexpr int64_t kRange = 2016;  // keys of a unit, a multiple of kKeyBlock
 constexpr int64_t kMostRanges = 8;
+constexpr float kLog2e = 1.44269504f;
 
 // One head's inputs.
 struct Problem {
@@ -60,34 +62,76 @@ struct Problem {
   int64_t T;
 };
 
-// Memory of one thread.
+// Memory of one thread. Floats, or pairs of bfloat16 as 32 bits, which lie along d for the scores
+// and along the sum for the other products.
 struct Scratch {
-  int ld;                                        // d in whole vectors
-  std::vector<float> k, kt, vt, dk, dv;          // a block of keys
-  std::vector<float> q, grad, p, s, lse, delta;  // a block of rows
-  explicit Scratch(int d)
+  int ld;                                  // d in whole vectors
+  int steps;                               // d, or pairs of d
+  int packed;                              // steps in whole vectors
+  std::vector<float> k, kt, vt, dk, dv;    // a block of keys
+  std::vector<float> q, grad, lse, delta;  // a block of rows
+  std::vector<float> q_pairs, grad_pairs;  // q and grad in pairs of rows
+  std::vector<float> p, s;                 // [kRowBlock][kKeyBlock], or half the rows in pairs
+  std::vector<float> s_along;              // s in pairs of keys, [kRowBlock][kKeyBlock / 2]
+  std::vector<float> scores, dots;         // pairs: of kRows rows, before they become p and s
+  Scratch(int d, bool pairs)
       : ld(round_up(d, kLanes)),
+        steps(pairs ? (d + 1) / 2 : d),
+        packed(round_up(steps, kLanes)),
         k(kKeyBlock * ld),
-        kt(ld * kKeyBlock),
-        vt(ld * kKeyBlock),
+        kt(packed * kKeyBlock),
+        vt(packed * kKeyBlock),
         dk(kKeyBlock * ld),
         dv(kKeyBlock * ld),
-        q(kRowBlock * ld),
-        grad(kRowBlock * ld),
+        q(kRowBlock * packed),
+        grad(kRowBlock * packed),
+        lse(kRowBlock),
+        delta(kRowBlock),
+        q_pairs(pairs ? kRowBlock / 2 * ld : 0),
+        grad_pairs(q_pairs.size()),
         p(kRowBlock * kKeyBlock),
         s(kRowBlock * kKeyBlock),
-        lse(kRowBlock),
-        delta(kRowBlock) {}
+        s_along(pairs ? kRowBlock * kKeyBlock / 2 : 0),
+        scores(pairs ? kRows * kKeyBlock : 0),
+        dots(scores.size()) {}
 };
 
-void pack_row_block(const Problem& x, int64_t begin, Scratch& s) {
+// dst [rows in pairs][ld]: zeros from n rows up to `padded`.
+void pack_padded_pairs_of_rows(const Head& x, int64_t begin, int64_t n, int padded, float* dst,
+                               int ld) {
+  pack_pairs_of_rows(x, begin, n, dst, ld);
+  std::fill(dst + (n + 1) / 2 * ld, dst + padded / 2 * ld, 0.0f);
+}
+
+template <bool kPairs>
+void pack_row_block(const Problem& x, int64_t begin, Scratch& m) {
   const int64_t n = std::min<int64_t>(kRowBlock, x.T - begin);
-  pack_rows(x.q, begin, n, kRowBlock, 1.0f, s.q.data(), s.ld);
-  pack_rows(x.grad, begin, n, kRowBlock, 1.0f, s.grad.data(), s.ld);
+  if constexpr (kPairs) {
+    pack_row_pairs(x.q, begin, n, kRowBlock, m.q.data(), m.packed);
+    pack_row_pairs(x.grad, begin, n, kRowBlock, m.grad.data(), m.packed);
+    pack_padded_pairs_of_rows(x.q, begin, n, kRowBlock, m.q_pairs.data(), m.ld);
+    pack_padded_pairs_of_rows(x.grad, begin, n, kRowBlock, m.grad_pairs.data(), m.ld);
+  } else {
+    pack_rows(x.q, begin, n, kRowBlock, 1.0f, m.q.data(), m.ld);
+    pack_rows(x.grad, begin, n, kRowBlock, 1.0f, m.grad.data(), m.ld);
+  }
   for (int64_t i = 0; i < kRowBlock; ++i) {
     // exp(score - infinity) = 0 takes rows past the end out of every sum
-    s.lse[i] = i < n ? x.lse[begin + i] : std::numeric_limits<float>::infinity();
-    s.delta[i] = i < n ? x.delta[begin + i] : 0.0f;
+    m.lse[i] = i < n ? x.lse[begin + i] : std::numeric_limits<float>::infinity();
+    m.delta[i] = i < n ? x.delta[begin + i] : 0.0f;
+  }
+}
+
+template <bool kPairs>
+void pack_key_block(const Problem& x, int64_t begin, int64_t n, Scratch& m) {
+  if constexpr (kPairs) {
+    pack_padded_pairs_of_rows(x.k, begin, n, kKeyBlock, m.k.data(), m.ld);
+    pack_transposed_pairs(x.k, begin, n, kKeyBlock, m.kt.data(), kKeyBlock);
+    pack_transposed_pairs(x.v, begin, n, kKeyBlock, m.vt.data(), kKeyBlock);
+  } else {
+    pack_rows(x.k, begin, n, kKeyBlock, 1.0f, m.k.data(), m.ld);
+    pack_transposed(x.k, begin, n, kKeyBlock, m.kt.data(), kKeyBlock);
+    pack_transposed(x.v, begin, n, kKeyBlock, m.vt.data(), kKeyBlock);
   }
 }
 
@@ -108,76 +152,130 @@ float settle(float* p, const float* dots, int n) {
   return reduce_add(along);
 }
 
+// Weights in place of the scores of one row.
+template <bool kPairs>
+VQFAST_INLINE VF weight(VF score, VF scale, VF lse) {
+  const VF x = fma(score, scale, -lse);
+  return kPairs ? exp2_nonpositive<4>(x) : vexp(x);  // pairs: scale and lse are in base 2
+}
+
+// p and s of rows r and r + 1 in pairs, from their scores (kWeighed: from p) and <grad, v>.
+template <bool kWeighed>
+void pair_rows(Scratch& m, int at, int r, int columns, VF scale, const float (&lse)[kRows],
+               const float (&delta)[kRows]) {
+  const float *scores = m.scores.data() + r * kKeyBlock, *dots = m.dots.data() + r * kKeyBlock;
+  float *p = m.p.data() + (at + r) / 2 * kKeyBlock, *s = m.s.data() + (at + r) / 2 * kKeyBlock;
+  float* along = m.s_along.data() + (at + r) * (kKeyBlock / 2);
+  const VF lse_a = broadcast(lse[r]), lse_b = broadcast(lse[r + 1]);
+  for (int j = 0; j < columns; j += kLanes) {
+    VF a = load(scores + j), b = load(scores + kKeyBlock + j);
+    if (!kWeighed) {
+      a = weight<true>(a, scale, lse_a);
+      b = weight<true>(b, scale, lse_b);
+    }
+    store(p + j, round_pair(a, b));
+    const VF both = round_both(a * (load(dots + j) - delta[r]),
+                               b * (load(dots + kKeyBlock + j) - delta[r + 1]));
+    store(s + j, interleave(both));
+    store_halves(along + j / 2, along + (kKeyBlock + j) / 2, both);
+  }
+}
+
 // p and s of the tile of rows from `at` in the block, for the first `columns` keys of the key
 // block. whole > 0: the tile's first row sees that many keys, and they are all in this block.
-void weigh(Scratch& m, int d, float scale, int at, int columns, int whole) {
-  float *p = m.p.data() + at * kKeyBlock, *s = m.s.data() + at * kKeyBlock;
-  dot_products(m.q.data() + at * m.ld, m.ld, m.kt.data(), kKeyBlock, d, p, kKeyBlock, columns);
-  dot_products(m.grad.data() + at * m.ld, m.ld, m.vt.data(), kKeyBlock, d, s, kKeyBlock, columns);
+template <bool kPairs>
+void weigh(Scratch& m, float scale, int at, int columns, int whole) {
+  float* p = kPairs ? m.scores.data() : m.p.data() + at * kKeyBlock;
+  float* s = kPairs ? m.dots.data() : m.s.data() + at * kKeyBlock;
+  dot_products<kPairs>(m.q.data() + at * m.packed, m.packed, m.kt.data(), kKeyBlock, m.steps, p,
+                       kKeyBlock, columns);
+  dot_products<kPairs>(m.grad.data() + at * m.packed, m.packed, m.vt.data(), kKeyBlock, m.steps, s,
+                       kKeyBlock, columns);
+  const VF factor = broadcast(kPairs ? scale * kLog2e : scale);
+  float lse[kRows], delta[kRows];
   for (int r = 0; r < kRows; ++r) {
+    lse[r] = kPairs ? m.lse[at + r] * kLog2e : m.lse[at + r];
+    delta[r] = m.delta[at + r];
+    if (kPairs && whole == 0) continue;
     float *pr = p + r * kKeyBlock, *sr = s + r * kKeyBlock;
-    const VF lse = broadcast(m.lse[at + r]), factor = broadcast(scale);
+    const VF row_lse = broadcast(lse[r]);
     for (int j = 0; j < columns; j += kLanes)
-      store(pr + j, vexp(fma(load(pr + j), factor, -lse)));
-    const float delta = whole > 0 ? settle(pr, sr, whole + r) : m.delta[at + r];
-    for (int j = 0; j < columns; j += kLanes) store(sr + j, load(pr + j) * (load(sr + j) - delta));
+      store(pr + j, weight<kPairs>(load(pr + j), factor, row_lse));
+    if (whole > 0) delta[r] = settle(pr, sr, whole + r);
+    if (kPairs) continue;
+    for (int j = 0; j < columns; j += kLanes)
+      store(sr + j, load(pr + j) * (load(sr + j) - delta[r]));
   }
+  if constexpr (kPairs)
+    for (int r = 0; r < kRows; r += 2) {
+      if (whole > 0)
+        pair_rows<true>(m, at, r, columns, factor, lse, delta);
+      else
+        pair_rows<false>(m, at, r, columns, factor, lse, delta);
+    }
 }
 
 // Block of rows from `row` against the packed block of keys from `key`; `keys` of them exist. dq:
 // the row block's.
+template <bool kPairs>
 void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m, float* dq) {
-  const int d = x.q.d;
+  constexpr int kEach = kPairs ? 2 : 1;  // terms of a step
   // a tile of rows sees whole keys before itself, and its own triangle if that lies in this block
   for (int at = 0; at < kRowBlock && row + at < x.T; at += kRows) {
     const int64_t past = row + at - key;
     if (past < 0) continue;
     const bool diagonal = past < kKeyBlock;
     const int seen = diagonal ? static_cast<int>(past) : keys;
-    weigh(m, d, x.scale, at, round_up(diagonal ? seen + kRows : seen, kLanes),
-          diagonal && key == 0 ? seen + 1 : 0);
-    const float* s = m.s.data() + at * kKeyBlock;
+    weigh<kPairs>(m, x.scale, at, round_up(diagonal ? seen + kRows : seen, kLanes),
+                  diagonal && key == 0 ? seen + 1 : 0);
+    constexpr int lda = kKeyBlock / kEach;
+    const float* s = (kPairs ? m.s_along.data() : m.s.data()) + at * lda;
+    float* to = dq + at * m.ld;
     if (diagonal)
-      product<Walk::kAlongRow, Steps::kFirst>(s, kKeyBlock, m.k.data(), m.ld, seen, dq + at * m.ld,
-                                              m.ld, m.ld);
+      product<Walk::kAlongRow, Steps::kFirst, kPairs>(s, lda, m.k.data(), m.ld, seen, to, m.ld,
+                                                      m.ld);
     else
-      product<Walk::kAlongRow, Steps::kAll>(s, kKeyBlock, m.k.data(), m.ld, seen, dq + at * m.ld,
-                                            m.ld, m.ld);
+      product<Walk::kAlongRow, Steps::kAll, kPairs>(s, lda, m.k.data(), m.ld, seen, to, m.ld, m.ld);
   }
   const int rows =
       static_cast<int>(std::min<int64_t>(kRowBlock, round_up<int64_t>(x.T - row, kRows)));
+  const std::vector<float>&q_rows = kPairs ? m.q_pairs : m.q,
+        &grad_rows = kPairs ? m.grad_pairs : m.grad;
   for (int j = 0; j < keys; j += kRows) {
     const int64_t first = key + j - row;  // of the rows that see the tile's first key
     if (first >= rows) break;
-    const int skip = static_cast<int>(std::max<int64_t>(first, 0));
-    const float *p = m.p.data() + skip * kKeyBlock + j, *s = m.s.data() + skip * kKeyBlock + j;
-    const float *grad = m.grad.data() + skip * m.ld, *q = m.q.data() + skip * m.ld;
+    const int skip = static_cast<int>(std::max<int64_t>(first, 0)), n = rows - skip;
+    const float* p = m.p.data() + skip / kEach * kKeyBlock + j;
+    const float* s = m.s.data() + skip / kEach * kKeyBlock + j;
+    const float* grad = grad_rows.data() + skip / kEach * m.ld;
+    const float* q = q_rows.data() + skip / kEach * m.ld;
     float *dv = m.dv.data() + j * m.ld, *dk = m.dk.data() + j * m.ld;
-    if (first >= 0) {
-      product<Walk::kDownColumn, Steps::kFrom>(p, kKeyBlock, grad, m.ld, rows - skip, dv, m.ld,
-                                               m.ld);
-      product<Walk::kDownColumn, Steps::kFrom>(s, kKeyBlock, q, m.ld, rows - skip, dk, m.ld, m.ld);
-    } else {
-      product<Walk::kDownColumn, Steps::kAll>(p, kKeyBlock, grad, m.ld, rows, dv, m.ld, m.ld);
-      product<Walk::kDownColumn, Steps::kAll>(s, kKeyBlock, q, m.ld, rows, dk, m.ld, m.ld);
-    }
+    const auto add = [&](const float* weights, const float* values, float* to) {
+      if (first >= 0)
+        product<Walk::kDownColumn, Steps::kFrom, kPairs>(weights, kKeyBlock, values, m.ld, n, to,
+                                                         m.ld, m.ld);
+      else
+        product<Walk::kDownColumn, Steps::kAll, kPairs>(weights, kKeyBlock, values, m.ld, n, to,
+                                                        m.ld, m.ld);
+    };
+    add(p, grad, dv);
+    add(s, q, dk);
   }
 }
 
 // Keys [begin, end), begin a multiple of kKeyBlock: dk and dv of the head that starts at `out_row`,
 // and this range's part of dq [T rounded up to kRowBlock][ld], which holds zeros.
+template <bool kPairs>
 void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, const View& dv,
                int64_t out_row, Scratch& m, float* dq) {
   for (int64_t key = begin; key < end; key += kKeyBlock) {
     const int keys = static_cast<int>(std::min<int64_t>(kKeyBlock, end - key));
-    pack_rows(x.k, key, keys, kKeyBlock, 1.0f, m.k.data(), m.ld);
-    pack_transposed(x.k, key, keys, kKeyBlock, m.kt.data(), kKeyBlock);
-    pack_transposed(x.v, key, keys, kKeyBlock, m.vt.data(), kKeyBlock);
+    pack_key_block<kPairs>(x, key, keys, m);
     std::fill(m.dk.begin(), m.dk.end(), 0.0f);
     std::fill(m.dv.begin(), m.dv.end(), 0.0f);
     for (int64_t row = key; row < x.T; row += kRowBlock) {
-      pack_row_block(x, row, m);
-      row_block(x, row, key, keys, m, dq + row * m.ld);
+      pack_row_block<kPairs>(x, row, m);
+      row_block<kPairs>(x, row, key, keys, m, dq + row * m.ld);
     }
     for (int i = 0; i < keys * m.ld; i += kLanes)
       store(m.dk.data() + i, load(m.dk.data() + i) * x.scale);
@@ -222,7 +320,8 @@ void write_dq(std::vector<float>& parts, int64_t part_size, int64_t range, int l
   }
 }
 
-void run(const Args& a) {
+template <bool kPairs>
+void run_all(const Args& a) {
   const View &grad = a.t[0], &q = a.t[1], &k = a.t[2], &v = a.t[3], &out = a.t[4], &lse = a.t[5];
   const View &dq = a.t[6], &dk = a.t[7], &dv = a.t[8];
   const float scale = static_cast<float>(a.s[0].f);
@@ -246,11 +345,11 @@ void run(const Args& a) {
   const int64_t ranges = std::min(kMostRanges, (T + kRange - 1) / kRange);
   if (ranges == 1) {
     parallel_for(a.threads, heads, 1, [&](int64_t from, int64_t to) {
-      Scratch m(d);
+      Scratch m(d, kPairs);
       std::vector<float> part(part_size);
       for (int64_t head = from; head < to; ++head) {
         std::fill(part.begin(), part.end(), 0.0f);
-        run_range(problem(head), 0, T, dk, dv, head * T, m, part.data());
+        run_range<kPairs>(problem(head), 0, T, dk, dv, head * T, m, part.data());
         write_dq(part, part_size, T, ld, scale, 0, T, dq, head * T);
       }
     });
@@ -262,16 +361,27 @@ void run(const Args& a) {
   for (int64_t head = 0; head < heads; ++head) {
     std::fill(parts.begin(), parts.end(), 0.0f);
     parallel_for(a.threads, ranges, 1, [&](int64_t from, int64_t to) {
-      Scratch m(d);
+      Scratch m(d, kPairs);
       for (int64_t unit = from; unit < to; ++unit) {
         const int64_t r = fold(unit, ranges), begin = r * range, end = std::min(T, begin + range);
-        run_range(problem(head), begin, end, dk, dv, head * T, m, parts.data() + r * part_size);
+        run_range<kPairs>(problem(head), begin, end, dk, dv, head * T, m,
+                          parts.data() + r * part_size);
       }
     });
     parallel_for(a.threads, T, 64, [&](int64_t from, int64_t to) {
       write_dq(parts, part_size, range, ld, scale, from, to, dq, head * T);
     });
   }
+}
+
+void run(const Args& a) {
+#if VQFAST_LANES == 16
+  // grad, q, k, v, out
+  const bool pairs =
+      std::all_of(a.t, a.t + 5, [](const View& x) { return x.dtype == DType::bf16; });
+  if (pairs && has_avx512_bf16()) return run_all<true>(a);
+#endif
+  run_all<false>(a);
 }
 
 }  // namespace
