@@ -32,10 +32,11 @@ constexpr Int round_up(Int n, Int to) {
 template <int kDegree>
 VQFAST_INLINE VF exp2_nonpositive(VF x) {
   const VF low = broadcast(-126.0f);
-  const VF c = x < low ? low : x;
 #if VQFAST_LANES == 16
+  const VF c = (VF)_mm512_max_ps((__m512)low, (__m512)x);  // in this order a NaN stays
   const VF n = (VF)_mm512_roundscale_ps((__m512)c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+  const VF c = x < low ? low : x;
   const VF magic = broadcast(12582912.0f);
   const VF n = c + magic - magic;
 #endif
@@ -54,11 +55,12 @@ VQFAST_INLINE VF exp2_nonpositive(VF x) {
   }
   p = fma(p, r, broadcast(1.0f));
 #if VQFAST_LANES == 16
-  p = (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
+  const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (VF)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
 #else
   p = p * (VF)((__builtin_convertvector(n, VI) + 127) << 23);
-#endif
   return x < low ? VF{} : p;
+#endif
 }
 
 // x * y + acc; kPairs: of pairs of bfloat16 (tiled_pairs.h), the sum of both products of each lane.

@@ -1,6 +1,6 @@
 // Pairs of bfloat16 in the 32 bits of a lane, the operands of vdpbf16ps: a step of a product takes
 // two elements of the sum. For the attention kernels. No include guard: a kernel file includes it
-// once per instruction set, after tiled_attention.h.
+// once per instruction set, after attend.h and tiled_attention.h.
 //
 // A vector of pairs travels as VF. Only lanes of 512 bits have them; whether the CPU does is
 // has_avx512_bf16() in kernel.h.
@@ -16,6 +16,7 @@ VF interleave(VF both);
 VF round_pair(VF a, VF b);
 void store_halves(float* a, float* b, VF both);
 VF add_pair(VF sum, VF pair);
+VF pair_dots(const Head& a, const Head& b, int64_t begin, int64_t n);
 void pack_row_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst, int ld);
 void pack_transposed_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst,
                            int64_t ld);
@@ -61,6 +62,17 @@ VQFAST_INLINE VF load_pairs(const bf16* row, int64_t col, int t, int d) {
   VF v;
   __builtin_memcpy(&v, x, sizeof v);
   return v;
+}
+
+// lane i = <row begin + i of a, the same of b>; lanes from n on hold no sense.
+inline VF pair_dots(const Head& a, const Head& b, int64_t begin, int64_t n) {
+  const bf16 *x = static_cast<const bf16*>(a.data), *y = static_cast<const bf16*>(b.data);
+  VF part[kLanes] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(n, kLanes); ++i)
+    for (int t = 0; 2 * t < a.d; t += kLanes)
+      part[i] = multiply_add<true>(load_pairs(x + (begin + i) * a.row, a.col, t, a.d),
+                                   load_pairs(y + (begin + i) * b.row, b.col, t, b.d), part[i]);
+  return add_across<kLanes>(part);
 }
 
 // dst [padded][ld]: rows [begin, begin + n) in pairs along d, zeros up to `padded` rows and ld

@@ -48,7 +48,10 @@ REFUSES(causal_attention, why_not)
 #define VQFAST_THIS_FILE "cpu/causal_attention.cpp"
 #include "foreach_isa.h"
 #include "tiled_attention.h"
+// clang-format off: in the order of their use
+#include "attend.h"
 #include "tiled_pairs.h"
+// clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {

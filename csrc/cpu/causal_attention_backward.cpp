@@ -4,21 +4,26 @@
 //   [B, H, T] float32.
 // Contract: any strides of grad, q, k, v and out, also expanded ones; the gradients are contiguous.
 //   A pair (i, j) with j > i is not used, whatever q_i, k_j and v_j hold.
-// Numerics: float32 throughout, one rounding to the output type. Scores are rounded as in the
+// Numerics: sums are float32, one rounding to the output type. Scores are rounded as in the
 //   forward pass, and scale enters together with lse in one multiply-add. dk and dv add blocks of
 //   kRowBlock rows and dq blocks of kKeyBlock keys, so errors grow with the block and with T /
-//   block, not with T.
+//   block, not with T. bfloat16 inputs on a CPU with vdpbf16ps: products of inputs are exact, p and
+//   s are rounded to bfloat16 once, 2^x has a relative error below 4e-6; the largest error stays
+//   below 0.35 of the allowed one. Otherwise half-precision inputs are widened.
 // Shape of the code: a unit of work is a (batch, head), or for long sequences a range of its keys.
 //   For each block of keys it packs K in rows, K and V transposed, then walks the rows from the
 //   diagonal on: scores and <grad, v> of 6 rows into strips, p and s in place, then three products
 //   of strips with packed rows. dk and dv stay in scratch; dq gathers in float32 for the unit, and
 //   ranges are added in order afterwards. Which unit exists depends on T alone, so the bits do not
-//   depend on the number of threads. Five products of T^2 d / 2 multiply-adds.
+//   depend on the number of threads. Five products of T^2 d / 2 multiply-adds. Pairs: one rounding
+//   instruction gives s in pairs of keys, for dq; its 16-bit halves interleaved are the pairs of
+//   rows that dk and dv add over. Where the diagonal splits a pair, both factors are masked.
 // Ladder: GFLOP/s of forward and backward together (3.5 times the forward pass), one thread of a
 //   loaded Zen 5, 32 heads, d = 64, T = 256 / 1024, 2026-11-25; torch's SDPA: fp32 43 / 61, bf16 41
-//   /
-//   82. Pieces of 32 and the old forward pass: fp32 93 / 151, bf16 119 / 168. Pieces of 64 and
-//   the new one: fp32 99 / 162, bf16 134 / 197.
+//   / 82. Pieces of 32 and the old forward pass: fp32 93 / 151, bf16 119 / 168. Pieces of 64 and
+//   the new one: fp32 99 / 162, bf16 134 / 197. The backward pass alone, 2026-11-30, a machine that
+//   gives half of that (vdpbf16ps 233, fma 116 at most): bf16 widened 76 / 93, in pairs 124 / 164,
+//   delta without transposes and the sum of p made one in the first 6 rows only 133 / 172.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -41,7 +46,10 @@ REFUSES(causal_attention_backward, why_not)
 #define VQFAST_THIS_FILE "cpu/causal_attention_backward.cpp"
 #include "foreach_isa.h"
 #include "tiled_attention.h"
+// clang-format off: in the order of their use
+#include "attend.h"
 #include "tiled_pairs.h"
+// clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {
@@ -137,7 +145,8 @@ void pack_key_block(const Problem& x, int64_t begin, int64_t n, Scratch& m) {
 
 // For a row whose n keys are all in the strip: makes the sum of p exactly one again, and returns
 // delta as sum p <grad, v>. It is what the early rows need, where the roundings of lse and out
-// would be most of the error.
+// would be most of the error; in bfloat16, where those of p and s are as large, only the first
+// ones.
 float settle(float* p, const float* dots, int n) {
   VF total{}, along{};
   for (int j = 0; j < n; j += kLanes) total += load_n(p + j, std::min(kLanes, n - j));
@@ -227,7 +236,7 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
     const bool diagonal = past < kKeyBlock;
     const int seen = diagonal ? static_cast<int>(past) : keys;
     weigh<kPairs>(m, x.scale, at, round_up(diagonal ? seen + kRows : seen, kLanes),
-                  diagonal && key == 0 ? seen + 1 : 0);
+                  key == 0 && past < (kPairs ? kRows : kKeyBlock) ? seen + 1 : 0);
     constexpr int lda = kKeyBlock / kEach;
     const float* s = (kPairs ? m.s_along.data() : m.s.data()) + at * lda;
     float* to = dq + at * m.ld;
@@ -286,21 +295,35 @@ void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, con
   }
 }
 
-// delta [B, H, T]. <grad, out> is rounded as <grad, v> is: a row that sees one key gets exactly
-// zero for s.
-void row_deltas(const Args& a, const View& grad, const View& out, float* delta) {
+// delta of kRowBlock rows from `begin`, of which n exist. Floats: <grad, out> is rounded as <grad,
+// v> is.
+template <bool kPairs>
+void row_deltas(const Head& grad, const Head& out, int64_t begin, int64_t n, Scratch& m,
+                float* delta) {
+  if constexpr (kPairs) {
+    for (int64_t i = 0; i < n; i += kLanes)
+      store_n(delta + begin + i, pair_dots(grad, out, begin + i, n - i),
+              static_cast<int>(std::min<int64_t>(kLanes, n - i)));
+  } else {
+    pack_transposed(grad, begin, n, kRowBlock, m.kt.data(), kRowBlock);
+    pack_transposed(out, begin, n, kRowBlock, m.vt.data(), kRowBlock);
+    float dots[kRowBlock];
+    column_dots(m.kt.data(), m.vt.data(), kRowBlock, grad.d, dots, kRowBlock);
+    std::copy_n(dots, n, delta + begin);
+  }
+}
+
+// delta [B, H, T].
+template <bool kPairs>
+void all_deltas(const Args& a, const View& grad, const View& out, float* delta) {
   const int64_t H = grad.shape[1], T = grad.shape[2];
-  const int d = static_cast<int>(grad.shape[3]);
   const int64_t blocks = (T + kRowBlock - 1) / kRowBlock;
   parallel_for(a.threads, grad.shape[0] * H * blocks, 1, [&](int64_t from, int64_t to) {
-    std::vector<float> g(round_up(d, kLanes) * kRowBlock), o(g.size()), dots(kRowBlock);
+    Scratch m(static_cast<int>(grad.shape[3]), kPairs);
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t head = unit / blocks, begin = unit % blocks * kRowBlock;
-      const int64_t n = std::min<int64_t>(kRowBlock, T - begin);
-      pack_transposed(head_of(grad, head / H, head % H), begin, n, kRowBlock, g.data(), kRowBlock);
-      pack_transposed(head_of(out, head / H, head % H), begin, n, kRowBlock, o.data(), kRowBlock);
-      column_dots(g.data(), o.data(), kRowBlock, d, dots.data(), kRowBlock);
-      std::copy_n(dots.data(), n, delta + head * T + begin);
+      row_deltas<kPairs>(head_of(grad, head / H, head % H), head_of(out, head / H, head % H), begin,
+                         std::min<int64_t>(kRowBlock, T - begin), m, delta + head * T);
     }
   });
 }
@@ -329,7 +352,7 @@ void run_all(const Args& a) {
   const int d = static_cast<int>(q.shape[3]), ld = round_up(d, kLanes);
   if (q.numel() == 0) return;
   std::vector<float> delta(heads * T);
-  row_deltas(a, grad, out, delta.data());
+  all_deltas<kPairs>(a, grad, out, delta.data());
   const auto problem = [&](int64_t head) {
     const int64_t b = head / H, h = head % H;
     return Problem{head_of(grad, b, h),
