@@ -27,6 +27,10 @@ constexpr Int round_up(Int n, Int to) {
   return (n + to - 1) / to * to;
 }
 
+// Floats from row to row of a packed block: rows of `width` a multiple of 1 KiB apart would share
+// sets of the cache.
+constexpr int padded_stride(int width) { return width % 256 == 0 ? width + kLanes : width; }
+
 // 2^x for x <= 0 (up to rounding); 0 below -126, NaN stays. Relative error below 3e-9 (degree 6) or
 // 4e-6 (degree 4) and the roundings; least-squares fit on [-1/2, 1/2], exact at 0.
 template <int kDegree>
@@ -218,6 +222,7 @@ VQFAST_INLINE void with_type(const Head& x, F&& f) {
 template <class T>
 VQFAST_INLINE VF load_piece(const T* row, int64_t col, int t, int d) {
   const int n = d - t < kLanes ? d - t : kLanes;
+  if (n <= 0) return VF{};
   if (col == 1) return load_n(row + t, n);
   VF v{};
   for (int i = 0; i < n; ++i) v[i] = to_float(row[(t + i) * col]);
