@@ -295,13 +295,14 @@ inline void pack_transposed(const Head& x, int64_t begin, int64_t n, int64_t pad
   });
 }
 
-// d elements of src, divided by `divisor` and rounded to the type of the contiguous [B, H, T, d]
-// output, at `row` of it.
-inline void write_row(const View& out, int64_t row, const float* src, float divisor) {
+// f of d elements of src, rounded to the type of the contiguous [B, H, T, d] output, at `row` of
+// it.
+template <class F>
+void write_row(const View& out, int64_t row, const float* src, F&& f) {
   const int d = static_cast<int>(out.shape[3]);
   const auto write = [&](auto* dst) {
     for (int t = 0; t < d; t += kLanes)
-      store_n(dst + row * d + t, load(src + t) / divisor, std::min(kLanes, d - t));
+      store_n(dst + row * d + t, f(load(src + t)), std::min(kLanes, d - t));
   };
   if (out.dtype == DType::f32) write(out.as<float>());
   if (out.dtype == DType::f16) write(out.as<f16>());

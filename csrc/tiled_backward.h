@@ -28,7 +28,9 @@
 //   / 82. Pieces of 32 and the old forward pass: fp32 93 / 151, bf16 119 / 168. Pieces of 64 and
 //   the new one: fp32 99 / 162, bf16 134 / 197. The backward pass alone, 2026-11-30, a machine that
 //   gives half of that (vdpbf16ps 233, fma 116 at most): bf16 widened 76 / 93, in pairs 124 / 164,
-//   delta without transposes and the sum of p made one in the first 6 rows only 133 / 172.
+//   delta without transposes and the sum of p made one in the first 6 rows only 133 / 172,
+//   gradients rounded by vcvtne2ps2bf16 139 / 176. No gain: blocks of
+//   192 keys, with 96 or 48 rows.
 
 #include "tiled_attention.h"
 // clang-format off: in the order of their use
@@ -295,6 +297,14 @@ void row_block(const Problem& x, int64_t row, int64_t key, int keys, Scratch& m,
     add_columns<kPairs>(x, row, key, keys, c, std::min(step, m.width - c), m, dq);
 }
 
+template <bool kPairs>
+void write_gradient(const View& out, int64_t row, const float* sum, float factor) {
+  if constexpr (kPairs)
+    write_row_rounded(out, row, sum, factor);
+  else
+    write_row(out, row, sum, [&](VF x) { return x * factor; });
+}
+
 // Keys [begin, end), begin a multiple of kKeyBlock: dk and dv of the head that starts at `out_row`,
 // and this range's part of dq [T rounded up to kRowBlock][ld], which holds zeros.
 template <bool kPairs>
@@ -309,17 +319,15 @@ void run_range(const Problem& x, int64_t begin, int64_t end, const View& dk, con
       pack_row_block<kPairs>(x, row, m);
       row_block<kPairs>(x, row, key, keys, m, dq + row * m.ld);
     }
-    for (int i = 0; i < keys * m.ld; i += kLanes)
-      store(m.dk.data() + i, load(m.dk.data() + i) * x.scale);
     for (int j = 0; j < keys; ++j) {
-      write_row(dk, out_row + key + j, m.dk.data() + j * m.ld, 1.0f);
-      write_row(dv, out_row + key + j, m.dv.data() + j * m.ld, 1.0f);
+      write_gradient<kPairs>(dk, out_row + key + j, m.dk.data() + j * m.ld, x.scale);
+      write_gradient<kPairs>(dv, out_row + key + j, m.dv.data() + j * m.ld, 1.0f);
     }
   }
 }
 
-// delta of kRowBlock rows from `begin`, of which n exist. Floats: <grad, out> is rounded as <grad,
-// v> is.
+// delta of the n rows from `begin`. Floats: <grad, out> is rounded as <grad, v> is; x and y are
+// memory for the columns of kRowBlock rows.
 template <bool kPairs>
 void row_deltas(const Head& grad, const Head& out, int64_t begin, int64_t n, float* x, float* y,
                 float* delta) {
@@ -355,6 +363,7 @@ void all_deltas(const Args& a, const View& grad, const View& out, float* delta) 
 
 // dq rows [begin, end) of the head that starts at `out_row`: the ranges' parts added in order,
 // times scale.
+template <bool kPairs>
 void write_dq(std::vector<float>& parts, int64_t part_size, int64_t ranges, int ld, float scale,
               int64_t begin, int64_t end, const View& dq, int64_t out_row) {
   for (int64_t i = begin; i < end; ++i) {
@@ -362,8 +371,7 @@ void write_dq(std::vector<float>& parts, int64_t part_size, int64_t ranges, int 
     for (int64_t r = 1; r < ranges; ++r)
       for (int t = 0; t < ld; t += kLanes)
         store(total + t, load(total + t) + load(parts.data() + r * part_size + i * ld + t));
-    for (int t = 0; t < ld; t += kLanes) store(total + t, load(total + t) * scale);
-    write_row(dq, out_row + i, total, 1.0f);
+    write_gradient<kPairs>(dq, out_row + i, total, scale);
   }
 }
 
@@ -399,7 +407,7 @@ void run_all(const Args& a, bool causal) {
       for (int64_t head = from; head < to; ++head) {
         std::fill(part.begin(), part.end(), 0.0f);
         run_range<kPairs>(problem(head), 0, T, dk, dv, head * T, m, part.data());
-        write_dq(part, part_size, 1, ld, scale, 0, T, dq, head * T);
+        write_dq<kPairs>(part, part_size, 1, ld, scale, 0, T, dq, head * T);
       }
     });
     return;
@@ -418,7 +426,7 @@ void run_all(const Args& a, bool causal) {
       }
     });
     parallel_for(a.threads, T, 64, [&](int64_t from, int64_t to) {
-      write_dq(parts, part_size, ranges, ld, scale, from, to, dq, head * T);
+      write_dq<kPairs>(parts, part_size, ranges, ld, scale, from, to, dq, head * T);
     });
   }
 }

@@ -15,6 +15,7 @@ VF round_both(VF a, VF b);
 VF interleave(VF both);
 VF round_pair(VF a, VF b);
 void store_halves(float* a, float* b, VF both);
+void write_row_rounded(const View& out, int64_t row, const float* src, float factor);
 VF add_pair(VF sum, VF pair);
 VF pair_dots(const Head& a, const Head& b, int64_t begin, int64_t n);
 void pack_row_pairs(const Head& x, int64_t begin, int64_t n, int64_t padded, float* dst, int ld);
@@ -45,6 +46,18 @@ VQFAST_INLINE VF round_pair(VF a, VF b) { return interleave(round_both(a, b)); }
 VQFAST_INLINE void store_halves(float* a, float* b, VF both) {
   _mm256_storeu_si256((__m256i*)a, _mm512_castsi512_si256((__m512i)both));
   _mm256_storeu_si256((__m256i*)b, _mm512_extracti64x4_epi64((__m512i)both, 1));
+}
+
+// d elements of src times `factor`, at `row` of the contiguous bfloat16 output [B, H, T, d].
+inline void write_row_rounded(const View& out, int64_t row, const float* src, float factor) {
+  const int d = static_cast<int>(out.shape[3]);
+  bf16* dst = out.as<bf16>() + row * d;
+  for (int t = 0; t < d; t += 2 * kLanes) {
+    const int n = std::min(d - t, 2 * kLanes);
+    const VF a = load(src + t), b = n > kLanes ? load(src + t + kLanes) : VF{};
+    _mm512_mask_storeu_epi16(dst + t, n == 2 * kLanes ? ~0u : (1u << n) - 1u,
+                             (__m512i)round_both(a * factor, b * factor));
+  }
 }
 
 // sum + both elements of each pair.
