@@ -11,6 +11,8 @@ Numerics: float32 scores, softmax and sums. float32 inputs are multiplied as thr
     for float16 and bfloat16 the weights are rounded to the input dtype before they meet v, k, q and
     grad, as in FlashAttention. No atomics: dq has its own kernel, at the price of computing the
     scores twice; every sum has one order, whatever B and H are.
+    Scale and log2(e) enter in the multiply-add of each exponent: the running maximum is that of the
+    bare scores, and the sign of scale is taken into q.
 Shape of the code: forward and dq take one block of rows and walk the keys, the block on the
     diagonal last; dk and dv take one block of keys and walk the rows. Heavy blocks start first.
     Only blocks that the diagonal crosses are masked. There a zero weight may stand against NaN, so
@@ -65,14 +67,15 @@ def _forward_block(
     key_at = start + tl.arange(0, BLOCK_N)
     key = _tile(k, k_base, start, BLOCK_N, k_t, k_d, T, D, BLOCK_D)
     value = _tile(v, v_base, start, BLOCK_N, v_t, v_d, T, D, BLOCK_D)
-    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [M, N]
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [M, N]
     visible = key_at[None, :] <= row[:, None]
     if DIAGONAL:
         score = tl.where(visible, score, float("-inf"))
+    # the maximum of the bare scores, so that scale enters in the multiply-add of the exponent
     new = tl.maximum(high, tl.max(score, axis=1))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    weight = tl.exp2(score - base[:, None])
-    shrink = tl.exp2(high - base)
+    base = tl.where(new == float("-inf"), 0.0, new * scale_log2)
+    weight = tl.exp2(score * scale_log2 - base[:, None])
+    shrink = tl.exp2(high * scale_log2 - base)
     total = total * shrink + tl.sum(weight, axis=1)
     acc = acc * shrink[:, None]
     if DIAGONAL:
@@ -88,6 +91,7 @@ def _forward(
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     heads, H, T, D, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     first = (tl.cdiv(T, BLOCK_M) - 1 - pid // heads) * BLOCK_M  # the longest rows first
@@ -96,6 +100,8 @@ def _forward(
     row = first + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_D)
     query = _tile(q, b * q_b + h * q_h, first, BLOCK_M, q_t, q_d, T, D, BLOCK_D)
+    if SIGN != 1:
+        query = (query * SIGN).to(query.dtype)
     k_base, v_base = b * k_b + h * k_h, b * v_b + h * v_h
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -114,7 +120,7 @@ def _forward(
     mean = acc / tl.where(empty, 1.0, total)[:, None]
     at = (head * T + row)[:, None] * D + col[None, :]
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=(row < T)[:, None] & (col < D)[None, :])
-    log_sum = tl.where(empty, float("inf"), (high + tl.log2(total)) / LOG2E)
+    log_sum = tl.where(empty, float("inf"), (high * scale_log2 + tl.log2(total)) / LOG2E)
     tl.store(lse + head * T + row, log_sum, mask=row < T)
 
 
@@ -299,10 +305,12 @@ def causal_attention(
     if q.numel() == 0:
         return
     shape = _shape(q, _FORWARD)
+    shape["SIGN"] = (scale > 0) - (scale < 0)  # taken into q: the maximum is that of bare scores
+    scale_log2 = abs(scale) * _LOG2E if scale else 1.0
     with on_device(q):
         _forward[(triton.cdiv(T, shape["BLOCK_M"]) * B * H,)](
             q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(),
-            B * H, H, T, d, scale * _LOG2E, **shape,
+            B * H, H, T, d, scale_log2, **shape,
         )  # fmt: skip
 
 

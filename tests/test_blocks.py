@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vqfast.nn import attention
 from vqfast.nn.attention import SpatialAttention, spatial_attention
 from vqfast.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, upsample_conv
 from vqfast.nn.trained_conv import trained_conv
@@ -64,23 +65,55 @@ def test_attention_is_permutation_equivariant_over_positions():
     torch.testing.assert_close(attn(shuffled), attn(x).flatten(2)[:, :, order].reshape(x.shape))
 
 
-@pytest.mark.parametrize("side", [5, 17])  # 17: two blocks of queries
-def test_attention_without_gradient_keeps_the_error_rule(side):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 64, side, side, generator=g).bfloat16() for _ in range(3))
+def _attention(q, k, v):
+    """softmax(q k^T / sqrt(C)) v over the positions of feature maps, written out."""
     rows = [t.flatten(2).transpose(1, 2) for t in (q, k, v)]
+    weights = (torch.bmm(rows[0], rows[1].transpose(1, 2)) / q.shape[1] ** 0.5).softmax(-1)
+    return torch.bmm(weights, rows[2]).transpose(1, 2).reshape(q.shape)
 
-    def plain(q, k, v):
-        return torch.bmm((torch.bmm(q, k.transpose(1, 2)) / 8).softmax(-1), v)
 
-    exact = plain(*(t.double() for t in rows)).transpose(1, 2).reshape(q.shape)
-    low = plain(*rows).transpose(1, 2).reshape(q.shape)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("side", "dtype"),
+    [(5, torch.bfloat16), (17, torch.bfloat16), (17, torch.float32), (33, torch.float32)],
+)
+def test_attention_keeps_the_error_rule(side, dtype, channels_last):
+    g = torch.Generator().manual_seed(0)
+    *leaves, upstream = (torch.randn(2, 64, side, side, generator=g).to(dtype) for _ in range(4))
+    if channels_last:
+        leaves = [t.contiguous(memory_format=torch.channels_last) for t in leaves]
+
+    def pull(function, dtype):
+        made = [t.to(dtype, copy=True).requires_grad_() for t in leaves]
+        out = function(*made)
+        return [out.detach(), *torch.autograd.grad(out, made, upstream.to(dtype))]
+
+    exact, low = pull(_attention, torch.float64), pull(_attention, dtype)
+    for i, (o, p, e) in enumerate(zip(pull(spatial_attention, dtype), low, exact, strict=True)):
+        factor = tolerances.BACKWARD if i else tolerances.FORWARD
+        assert o.dtype == dtype and compare.budget_ratio(o, p, e, factor) <= 1
     with torch.no_grad():
-        got = spatial_attention(q, k, v)
-        alone = spatial_attention(q[-1:], k[-1:], v[-1:])
-    allowed = 2 * (low - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
-    assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= allowed
+        got = spatial_attention(*leaves)
+        alone = spatial_attention(*(t[-1:] for t in leaves))
+    assert compare.budget_ratio(got, low[0], exact[0], tolerances.FORWARD) <= 1
     assert torch.equal(got[-1:], alone)  # whatever else is in the batch
+
+
+@pytest.mark.parametrize(
+    ("side", "dtype", "ours"),
+    [
+        (7, torch.bfloat16, False),
+        (8, torch.bfloat16, True),
+        (31, torch.float32, False),
+        (32, torch.float32, True),
+        (32, torch.float16, False),
+    ],
+)
+def test_attention_is_the_faster_one_by_the_table(side, dtype, ours, monkeypatch):
+    called = []
+    monkeypatch.setattr(attention, "full_attention", lambda *t: called.append(1) or t[2])
+    spatial_attention(*(torch.randn(1, 32, side, side).to(dtype) for _ in range(3)))
+    assert bool(called) == ours
 
 
 def test_shortcut_exists_only_where_channels_change():

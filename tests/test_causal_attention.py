@@ -67,13 +67,20 @@ def test_error_against_float64_at_block_borders(T, each_backend):
     assert_within_budget(qkv(1, 2, T, 64, sharp=3.0))
 
 
+@pytest.mark.parametrize("d", [7, 48, 130])
+@pytest.mark.parametrize("T", [1, 2, 5, 6, 7, 31, 95, 96, 97, 101, 193, 385])
+def test_bfloat16_error_against_float64_at_block_borders(T, d, each_isa):
+    assert_within_budget(qkv(1, 2, T, d, torch.bfloat16, sharp=2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T", [2017, 4100])
-def test_backward_of_long_sequences_adds_ranges_of_keys(T):
-    leaves, upstream = qkv(1, 1, T, 8), normal(1, 1, T, 8, seed=9)
+def test_backward_of_long_sequences_adds_ranges_of_keys(T, dtype):
+    leaves, upstream = qkv(1, 1, T, 8, dtype), normal(1, 1, T, 8, seed=9, dtype=dtype)
     with vqfast.backend("cpu"):
-        kernel = results(vqfast.causal_attention, leaves, upstream, torch.float32)
+        kernel = results(vqfast.causal_attention, leaves, upstream, dtype)
     with vqfast.backend("reference"):
-        plain = results(vqfast.causal_attention, leaves, upstream, torch.float32)
+        plain = results(vqfast.causal_attention, leaves, upstream, dtype)
         exact = results(vqfast.causal_attention, leaves, upstream, torch.float64)
     for o, p, e in zip(kernel, plain, exact, strict=True):
         assert compare.budget_ratio(o, p, e, tolerances.BACKWARD) <= 1
@@ -114,12 +121,14 @@ def test_nan_in_the_future_is_not_seen(each_isa):
         assert torch.equal(vqfast.causal_attention(*leaves)[:, :, :seen], clean[:, :, :seen])
 
 
-def test_nan_in_the_future_is_not_seen_by_the_reference_nor_backward(each_backend):
-    seen, leaves, upstream = 37, qkv(2, 1, 130, 16), torch.zeros(2, 1, 130, 16)
-    upstream[:, :, :seen] = normal(2, 1, seen, 16)
-    clean = results(vqfast.causal_attention, leaves, upstream, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seen", [36, 37])
+def test_nan_in_the_future_is_not_seen_by_the_reference_nor_backward(seen, dtype, each_backend):
+    leaves, upstream = qkv(2, 1, 130, 16, dtype), torch.zeros(2, 1, 130, 16, dtype=dtype)
+    upstream[:, :, :seen] = normal(2, 1, seen, 16, dtype=dtype)
+    clean = results(vqfast.causal_attention, leaves, upstream, dtype)
     leaves[1][:, :, seen:], leaves[2][:, :, seen:] = math.inf, math.nan
-    found = results(vqfast.causal_attention, leaves, upstream, torch.float32)
+    found = results(vqfast.causal_attention, leaves, upstream, dtype)
     for a, b in zip(found[:2], clean[:2], strict=True):  # out and dq; other rows' keys do see NaN
         assert torch.equal(a[:, :, :seen], b[:, :, :seen])
 
@@ -138,25 +147,26 @@ def test_nothing_to_attend_to_gives_zeros(each_backend):
     assert not out[:2].any() and torch.equal(out[2], v[0, 0, 2])
 
 
-def _views():
+def _views(dtype=torch.float32):
     B, H, T, d = 2, 3, 50, 24
-    packed, wide = normal(B, T, 3, H, d), normal(B, H, 2 * T, d)
-    shared, turned = normal(B, 1, T, d), normal(B, H, d, T)
+    packed, wide = normal(B, T, 3, H, d, dtype=dtype), normal(B, H, 2 * T, d, dtype=dtype)
+    shared, turned = normal(B, 1, T, d, dtype=dtype), normal(B, H, d, T, dtype=dtype)
     return {
         "packed": packed.transpose(1, 3).unbind(2),
         "every second row": (wide[:, :, ::2], wide[:, :, 1::2], wide[:, :, ::2]),
         "one head for all": (wide[:, :, :T], *2 * (shared.expand(B, H, T, d),)),
         "last dim strided": 3 * (turned.transpose(2, 3),),
-        "misaligned": 3 * (normal(B * H * T * d + 1)[1:].view(B, H, T, d),),
+        "misaligned": 3 * (normal(B * H * T * d + 1, dtype=dtype)[1:].view(B, H, T, d),),
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", _views())
-def test_views_equal_their_copies_and_stay_unchanged(name, each_backend):
-    leaves = _views()[name]
+def test_views_equal_their_copies_and_stay_unchanged(name, dtype, each_backend):
+    leaves = _views(dtype)[name]
     kept = [t.clone() for t in leaves]
-    upstream = normal(*leaves[0].shape[:-1], 1, seed=9).expand(leaves[0].shape)
-    expected = results(vqfast.causal_attention, kept, upstream.clone(), torch.float32)
+    upstream = normal(*leaves[0].shape[:-1], 1, seed=9, dtype=dtype).expand(leaves[0].shape)
+    expected = results(vqfast.causal_attention, kept, upstream.clone(), dtype)
     out = vqfast.causal_attention(*leaves)
     assert torch.equal(out, expected[0])
     raw = importlib.import_module("vqfast.ops.causal_attention")
@@ -212,10 +222,11 @@ def test_threads_share_the_rows_and_change_no_bit(dtype):
         for n in (1, 2, 7):  # one head: the size of a unit of work depends on the threads
             torch.set_num_threads(n)
             with vqfast.backend("cpu"):
-                found.append(vqfast.causal_attention(*leaves))
+                found.append(results(vqfast.causal_attention, leaves, leaves[0], dtype))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_compiles_with_its_backward():

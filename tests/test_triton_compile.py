@@ -355,6 +355,15 @@ def test_attention_of_half_precision_runs_on_wgmma(compiled):
     assert len(found) == 6 and all(found)
 
 
+@pytest.mark.parametrize("arch", (80, 90))
+def test_the_scale_of_attention_enters_in_the_exponent(compiled, arch):
+    """d = 64, unmasked tiles: one product a score, the running sums'. A scaled score is another."""
+    kernel = compiled("causal_attention", arch)[0][1]
+    pairs = kernel.constants["BLOCK_M"] * kernel.constants["BLOCK_N"] / 32
+    products = sum(o.startswith("FMUL") for o in kernel.loop_around(TENSOR_CORES[arch]))
+    assert products * kernel.options["num_warps"] / pairs < 1.2, kernel.report
+
+
 # instructions a (row, code) pair in the loop around the tensor cores, {arch: {(D, dtype): most}},
 # triton 3.6 and 3.8; may only fall. sm_80 has no three-input minimum.
 PER_PAIR = {

@@ -155,6 +155,17 @@ def causal_attention_shows_one_bad_value_to_the_rows_that_see_it():
 
 
 @check
+def causal_attention_takes_the_sign_of_the_scale_from_q():
+    for dtype in DTYPES:
+        q, k, v, _ = attention_data(dtype, 1, 2, 70, 16)
+        out, lse = run("causal_attention", q, k, v, -0.3)
+        right = run("causal_attention", -q, k, v, 0.3)
+        assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
+        within("causal_attention", (q, k, v, -0.3), 2, f"{dtype} negative")
+        within("causal_attention", (q, k, v, 0.0), 2, f"{dtype} zero")
+
+
+@check
 def causal_attention_of_impossible_scores_is_zero():
     q, k, v, _ = attention_data(torch.float32, 1, 1, 20, 16)
     q[0, 0, 5], k[0, 0, :, 0] = 0, -float("inf")

@@ -14,6 +14,20 @@ from torch import Tensor
 
 from vqfast.nn.blocks import group_norm
 from vqfast.nn.trained_conv import Conv2d
+from vqfast.ops import full_attention
+
+# Where `full_attention` is taken: on a CPU, by dtype from this many positions on, up to WIDEST
+# channels. Elsewhere it is torch's fused attention; so on a GPU, where a head of 512 would have to
+# be split in Triton. Speed as a multiple of torch's, forward / forward and backward, C = 512 | 256,
+# CPU time of one thread of a loaded Zen 4, 2026-11-30:
+#
+#     T             16            64           256          1024          4096
+#     bfloat16  0.3/0.7 |     1.2/1.3 |     2.0/1.6 |     2.0/1.5 |     2.0/1.5 |
+#               0.3/0.8       1.0/1.2       1.9/1.6       2.0/1.6       2.1/1.6
+#     float32   0.2/0.3 |     0.8/0.7 |     1.0/0.9 |     1.1/1.0 |     1.1/1.0 |
+#               0.2/0.3       0.6/0.6       1.0/1.0       1.1/1.1       1.1/1.1
+OURS_FROM = {torch.bfloat16: 64, torch.float32: 1024}
+WIDEST = 512
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,32 +41,12 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, C, h, w = q.shape
     q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))  # [B, 1, h·w, C]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        out = _attend_by_rows(q.squeeze(1), k.squeeze(1), v.squeeze(1))  # [B, h·w, C]
+    # scale 1/sqrt(C): one head over all channels
+    if q.device.type == "cpu" and h * w >= OURS_FROM.get(q.dtype, h * w + 1) and C <= WIDEST:
+        out = full_attention(*(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)))
     else:
-        # scale 1/sqrt(C): one head over all channels
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-    return out.transpose(1, 2).reshape(B, C, h, w)
-
-
-# queries at a time: their weights take h·w x 256 values
-ROWS = 256
-
-
-def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v for [B, T, C], a block of queries at a time; no gradient.
-
-    In bfloat16 torch's fused attention takes 3 to 4 times as long on a CPU with C = 512: 1.3 ms
-    against 0.4 at T = 256, 19 against 5 at T = 1024 (Zen 5, 1 thread, 2026-11-25).
-    """
-    out = torch.empty_like(q)
-    nothing = q.new_empty(1, 1, 1)  # beta = 0: never read
-    for i in range(0, q.shape[1], ROWS):
-        scores = torch.baddbmm(
-            nothing, q[:, i : i + ROWS], k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5
-        )
-        out[:, i : i + ROWS] = torch.bmm(scores.softmax(-1), v)
-    return out
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.squeeze(1).transpose(1, 2).reshape(B, C, h, w)
 
 
 class SpatialAttention(nn.Module):

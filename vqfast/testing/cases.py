@@ -72,6 +72,15 @@ CASES: tuple[Case, ...] = (
     _case("causal_attention", "edge_t0", "edge", B=2, H=2, T=0, d=16),
     _case("causal_attention", "edge_primes", "edge", B=1, H=3, T=37, d=59),
     _case("causal_attention", "edge_d100", "edge", B=1, H=1, T=17, d=100),
+    # ---- attention of the autoencoder: one head across the channels, T = h·w
+    _case("full_attention", "taming_f16", "bench", B=1, H=1, T=256, d=512),
+    _case("full_attention", "taming_f16_512px", "bench", B=1, H=1, T=1024, d=512),
+    _case("full_attention", "ldm_f4", "bench", B=1, H=1, T=4096, d=512),
+    _case("full_attention", "smoke_d512", "smoke", B=1, H=1, T=66, d=512),
+    _case("full_attention", "smoke_d40", "smoke", B=2, H=2, T=97, d=40),
+    _case("full_attention", "edge_t1", "edge", B=2, H=1, T=1, d=16),
+    _case("full_attention", "edge_t0", "edge", B=2, H=2, T=0, d=16),
+    _case("full_attention", "edge_primes", "edge", B=1, H=3, T=37, d=59),
     # ---- group norm + SiLU
     _case("group_norm_silu", "vqgan_256px", "bench", B=1, C=128, H=256, W=256, groups=32),
     _case("group_norm_silu", "vqgan_64px", "bench", B=4, C=256, H=64, W=64, groups=32),

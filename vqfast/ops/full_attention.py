@@ -1,0 +1,180 @@
+"""Self-attention in which every position sees every other.
+
+out_i = Σ_j softmax_j(scale · ⟨q_i, k_j⟩) v_j         lse_i = log Σ_j exp(scale · ⟨q_i, k_j⟩)
+
+Made for the one wide head of a convolutional autoencoder: d = C up to 512, T = h·w.
+
+Cost: 4·B·H·T²·d flops forward and 2.5 times that backward; reads q, k, v once per block of rows and
+holds blocks of T x T only.
+Source: arXiv:1706.03762 section 3.2.1; online softmax and backward: arXiv:2205.14135, 2307.08691.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqfast import _check
+from vqfast._dispatch import Op
+
+_CHUNK = 1 << 22  # scores that the reference holds at a time
+
+
+def _validate(q: Any, k: Any, v: Any, scale: Any) -> float:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check.floating(name, x)
+    for name, x in (("k", k), ("v", v)):
+        _check.same_dtype(name, x, "q", q)
+    _check.ndim("q", q, 4)
+    for name, x in (("k", k), ("v", v)):
+        _check.same_device(name, x, "q", q)
+        _check.shape(name, x, q.shape, "like q")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q must be [B, H, T, d] with d >= 1, got {list(q.shape)}")
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else _check.number("scale", scale)
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """float32, or float64 where it came so."""
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _row_chunks(q: Tensor) -> Iterator[slice]:
+    B, H, T, _ = q.shape
+    step = max(1, _CHUNK // max(1, B * H * T))
+    for begin in range(0, T, step):
+        yield slice(begin, min(T, begin + step))
+
+
+def _attend(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, rows, T] and lse [B, H, rows]."""
+    scores = q @ k.transpose(-1, -2) * scale  # [B, H, rows, T]
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0, top)  # nothing to attend to: every weight is zero
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    # an empty sum counts as +inf, so that exp(score - lse) is zero
+    lse = torch.where(total == 0, math.inf, top + total.log())
+    return weights / torch.where(total == 0, 1, total), lse[..., 0]
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, k, v, scale)
+    q, k, v = _wide(q, k, v)  # [B, H, T, d]
+    for rows in _row_chunks(q):
+        weights, lse[:, :, rows] = _attend(q[:, :, rows], k, scale)
+        out[:, :, rows] = (weights @ v).to(out.dtype)  # [B, H, rows, d]
+    return out, lse
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _reference_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # out and lse spare a kernel the normalisation; here it is done again, which is more accurate
+    grads = _outputs_backward(grad, q, k, v, out, lse, scale)
+    grad, q, k, v = _wide(grad, q, k, v)  # [B, H, T, d]
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows in _row_chunks(q):
+        weights, _ = _attend(q[:, :, rows], k, scale)  # [B, H, rows, T]
+        up = grad[:, :, rows]  # [B, H, rows, d]
+        d_weights = up @ v.transpose(-1, -2)
+        delta = (weights * d_weights).sum(-1, keepdim=True)  # = <grad, out>, [B, H, rows, 1]
+        d_scores = weights * (d_weights - delta) * scale
+        dv += weights.transpose(-1, -2) @ up
+        dk += d_scores.transpose(-1, -2) @ q[:, :, rows]
+        dq[:, :, rows] = d_scores @ k
+    for into, value in zip(grads, (dq, dk, dv), strict=True):
+        into.copy_(value)
+    return grads
+
+
+def _outputs_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_OP = Op(
+    "full_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    reference=_reference,
+    outputs=_outputs,
+)
+_BACKWARD = Op(
+    "full_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    outputs=_outputs_backward,
+)
+
+
+class _FullAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out, lse = _OP(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = _BACKWARD(grad, q, k, v, out, lse, ctx.scale)
+        wanted = ctx.needs_input_grad
+        return *(g if w else None for g, w in zip(grads, wanted[:3], strict=True)), None
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of each position to all positions.
+
+    out_i = Σ_j softmax_j(scale · ⟨q_i, k_j⟩) v_j
+
+    Args:
+        q: [B, H, T, d] float32, float16 or bfloat16 (float64 on the reference), any strides; a
+            contiguous last dim is fastest.
+        k: like q.
+        v: like q.
+        scale: factor of the scores, finite; None means 1/√d.
+
+    Returns:
+        [B, H, T, d], contiguous, dtype of q. Differentiable once in q, k and v.
+
+    Raises:
+        TypeError: q, k or v is not a floating-point tensor, or their dtypes differ; scale is not a
+            number.
+        ValueError: q is not 4-D, shapes or devices differ, d = 0, or scale is not finite.
+
+    Numerics: as `causal_attention`. Equal results from run to run and for any number of threads.
+    Cost: 4·B·H·T²·d flops, 2.5 times that backward; extra memory grows with T, never with T².
+    Source: arXiv:1706.03762 section 3.2.1.
+    """
+    return _FullAttention.apply(q, k, v, _validate(q, k, v, scale))
+
+
+def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Inputs of the raw op for a case with shape B, H, T, d."""
+    g = torch.Generator().manual_seed(0)
+    size = [case.shape[n] for n in "BHTd"]
+    q, k, v = (torch.randn(size, generator=g).to(device, dtype) for _ in range(3))
+    return q, k, v, 1 / math.sqrt(size[-1])
+
+
+def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
+    """Inputs of the raw backward op for the same case."""
+    *qkv, scale = sample_inputs(case, dtype, device)
+    out, lse = _OP(*qkv, scale)
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=g).to(device, dtype), *qkv, out, lse, scale
+
+
+def COST(case: Any) -> tuple[int, int]:
+    """Bytes (float32, each tensor once) and flops of the forward pass."""
+    B, H, T, d = (case.shape[n] for n in "BHTd")
+    return 4 * (4 * B * H * T * d + B * H * T), 4 * B * H * T * T * d
