@@ -140,7 +140,7 @@ class Normalise:
     def __call__(self, band: Tensor) -> Tensor:
         """band [1, C, n, W] -> the same shape, dtype and layout, in memory of its own."""
         rows = band.movedim(1, -1) - self._mean  # [1, n, W, C]
-        rows = torch.addcmul(self._bias, rows, self._weight)
+        rows = rows.mul_(self._weight).add_(self._bias)
         if self._silu:
             rows = F.silu(rows, inplace=True)
         return rows.to(band.dtype).movedim(-1, 1)

@@ -13,6 +13,7 @@ Source: arXiv:2012.09841; CompVis/taming-transformers taming/models/vqgan.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,15 @@ def _limited(network: nn.Module, x: Tensor, max_memory: int | None) -> Tensor:
     return network(x) if max_memory is None else tiled.forward(network, x, max_memory)
 
 
+def _gradients(x: Tensor, max_memory: int | None) -> AbstractContextManager[object]:
+    """As they are without a limit of memory; off with one, unless x asks for its own."""
+    if max_memory is None:
+        return nullcontext()
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("max_memory gives no gradient, but the input requires one")
+    return torch.no_grad()
+
+
 class VQGAN(nn.Module):
     """The tokenizer: encode, decode and the training forward.
 
@@ -234,7 +244,7 @@ class VQGAN(nn.Module):
 
         Args:
             x: floating point, sides multiples of f.
-            max_memory: bytes that the encoder may take beyond weights, input and result: it then
+            max_memory: bytes for the encoder's maps beyond weights, input and result: it then
                 works through bands of rows, image by image, without gradient, and gives the same
                 up to rounding (`models.tiled`). The less, the longer it takes. None: no limit.
 
@@ -242,8 +252,11 @@ class VQGAN(nn.Module):
             TypeError: x is not a floating-point tensor, max_memory no int.
             ValueError: wrong rank, channels or device, sides that are not multiples of f, or a
                 max_memory below what such an image needs, which the text says.
+            RuntimeError: max_memory is given, and x requires a gradient.
         """
-        return self.quant_conv(_limited(self.encoder, self._images(x), max_memory))
+        x = self._images(x)
+        with _gradients(x, max_memory):
+            return self.quant_conv(_limited(self.encoder, x, max_memory))
 
     def encode(self, x: Tensor, *, max_memory: int | None = None) -> Tensor:
         """x [B, C, H, W] in [-1, 1] -> codes [B, h, w] int64. Gumbel: no noise.
@@ -261,7 +274,8 @@ class VQGAN(nn.Module):
         """
         weight = self.post_quant_conv.weight
         z_q = z_q.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        return _limited(self.decoder, self.post_quant_conv(z_q), max_memory)
+        with _gradients(z_q, max_memory):
+            return _limited(self.decoder, self.post_quant_conv(z_q), max_memory)
 
     def decode(self, codes: Tensor, *, max_memory: int | None = None) -> Tensor:
         """codes [B, h, w] of any integer type -> images [B, out_ch, f·h, f·w], not clamped.
@@ -284,7 +298,8 @@ class VQGAN(nn.Module):
                 raise ValueError(f"codes must be in 0..{self.n_codes - 1}, got {low}..{high}")
         B, h, w = codes.shape
         shape = (B, h, w, self.config.embed_dim)
-        z_q = self.quantize.get_codebook_entry(codes.long().reshape(-1), shape)
+        with _gradients(codes, max_memory):
+            z_q = self.quantize.get_codebook_entry(codes.long().reshape(-1), shape)
         return self.decode_latents(z_q, max_memory=max_memory)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
