@@ -13,6 +13,7 @@ Source: arXiv:2012.09841; CompVis/taming-transformers taming/models/vqgan.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from vqfast import _check, checkpoints
 from vqfast.checkpoints import native
 from vqfast.errors import CheckpointError
+from vqfast.models import tiled
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
@@ -66,8 +68,8 @@ class _Level(nn.Module):
         self.attn = nn.ModuleList(SpatialAttention(width) for _ in widths if attends)
 
     def parts(self) -> Iterator[nn.Module]:
-        """In the order in which they run. A generator, not a forward: a frame of its own would keep
-        the level's input alive to its end.
+        """In the order in which they run: a call of its own for the level would keep its input
+        alive to its end.
         """
         for i, block in enumerate(self.block):
             yield block
@@ -98,14 +100,19 @@ class Encoder(nn.Module):
         self.norm_out = GroupNormSiLU(width)
         self.conv_out = Conv2d(width, c.z_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+    def parts(self) -> Iterator[nn.Module]:
+        """The layers in the order in which they run, each on the result of the one before."""
+        yield self.conv_in
         for level in self.down:
-            for part in level.parts():
-                h = part(h)
-        for part in self.mid.values():
-            h = part(h)
-        return self.conv_out(self.norm_out(h))
+            yield from level.parts()
+        yield from self.mid.values()
+        yield self.norm_out
+        yield self.conv_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts():
+            x = part(x)
+        return x
 
 
 class Decoder(nn.Module):
@@ -130,14 +137,19 @@ class Decoder(nn.Module):
         self.norm_out = GroupNormSiLU(width)
         self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
-        for part in self.mid.values():
-            h = part(h)
+    def parts(self) -> Iterator[nn.Module]:
+        """The layers in the order in which they run, each on the result of the one before."""
+        yield self.conv_in
+        yield from self.mid.values()
         for level in reversed(self.up):
-            for part in level.parts():
-                h = part(h)
-        return self.conv_out(self.norm_out(h))
+            yield from level.parts()
+        yield self.norm_out
+        yield self.conv_out
+
+    def forward(self, z: Tensor) -> Tensor:
+        for part in self.parts():
+            z = part(z)
+        return z
 
 
 def _quantizer(c: VQGANConfig) -> nn.Module:
@@ -165,6 +177,19 @@ def _quantizer(c: VQGANConfig) -> nn.Module:
         legacy=c.legacy,
         metric=c.metric,
     )
+
+
+def _limited(network: nn.Module, x: Tensor, max_memory: int | None) -> Tensor:
+    return network(x) if max_memory is None else tiled.forward(network, x, max_memory)
+
+
+def _gradients(x: Tensor, max_memory: int | None) -> AbstractContextManager[object]:
+    """As they are without a limit of memory; off with one, unless x asks for its own."""
+    if max_memory is None:
+        return nullcontext()
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("max_memory gives no gradient, but the input requires one")
+    return torch.no_grad()
 
 
 class VQGAN(nn.Module):
@@ -215,36 +240,55 @@ class VQGAN(nn.Module):
             raise ValueError(f"x must be on the model's device ({weight.device}), got {x.device}")
         return x.to(weight.dtype, memory_format=torch.channels_last)
 
-    def encode_to_prequant(self, x: Tensor) -> Tensor:
+    def encode_to_prequant(self, x: Tensor, *, max_memory: int | None = None) -> Tensor:
         """x [B, C, H, W] in [-1, 1] -> latents before quantisation [B, embed_dim, h, w].
 
-        Raises:
-            TypeError: x is not a floating-point tensor.
-            ValueError: wrong rank, channels or device, or sides that are not multiples of f.
-        """
-        return self.quant_conv(self.encoder(self._images(x)))
+        Args:
+            x: floating point, sides multiples of f.
+            max_memory: bytes for the encoder's maps beyond weights, input and result: it then
+                works through bands of rows, image by image, without gradient, and gives the same
+                up to rounding (`models.tiled`). The less, the longer it takes. None: no limit.
 
-    def encode(self, x: Tensor) -> Tensor:
+        Raises:
+            TypeError: x is not a floating-point tensor, max_memory no int.
+            ValueError: wrong rank, channels or device, sides that are not multiples of f, or a
+                max_memory below what such an image needs, which the text says.
+            RuntimeError: max_memory is given, and x requires a gradient.
+        """
+        x = self._images(x)
+        with _gradients(x, max_memory):
+            return self.quant_conv(_limited(self.encoder, x, max_memory))
+
+    def encode(self, x: Tensor, *, max_memory: int | None = None) -> Tensor:
         """x [B, C, H, W] in [-1, 1] -> codes [B, h, w] int64. Gumbel: no noise.
 
-        Raises:
-            TypeError, ValueError: as `encode_to_prequant`.
+        Args, Raises: as `encode_to_prequant`.
         """
-        return self.quantize.codes(self.encode_to_prequant(x))
+        return self.quantize.codes(self.encode_to_prequant(x, max_memory=max_memory))
 
-    def decode_latents(self, z_q: Tensor) -> Tensor:
-        """Quantised latents [B, embed_dim, h, w] -> images [B, out_ch, f·h, f·w], not clamped."""
+    def decode_latents(self, z_q: Tensor, *, max_memory: int | None = None) -> Tensor:
+        """Quantised latents [B, embed_dim, h, w] -> images [B, out_ch, f·h, f·w], not clamped.
+
+        Args:
+            z_q: floating point.
+            max_memory: bytes for the decoder, as in `encode_to_prequant`.
+        """
         weight = self.post_quant_conv.weight
         z_q = z_q.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        return self.decoder(self.post_quant_conv(z_q))
+        with _gradients(z_q, max_memory):
+            return _limited(self.decoder, self.post_quant_conv(z_q), max_memory)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, max_memory: int | None = None) -> Tensor:
         """codes [B, h, w] of any integer type -> images [B, out_ch, f·h, f·w], not clamped.
 
+        Args:
+            codes: on the model's device.
+            max_memory: bytes for the decoder, as in `encode_to_prequant`.
+
         Raises:
-            TypeError: codes is not a tensor of integers.
-            ValueError: wrong rank or device, or a code outside 0 .. n_codes - 1 (in a
-                compiled graph the lookup refuses it, with what torch raises).
+            TypeError: codes is not a tensor of integers, max_memory no int.
+            ValueError: wrong rank or device, too small a max_memory, or a code outside 0 ..
+                n_codes - 1 (in a compiled graph the lookup refuses it, with what torch raises).
         """
         _check.integer_tensor("codes", codes)
         _check.ndim("codes", codes, 3)
@@ -256,9 +300,9 @@ class VQGAN(nn.Module):
                 raise ValueError(f"codes must be in 0..{self.n_codes - 1}, got {low}..{high}")
         B, h, w = codes.shape
         shape = (B, h, w, self.config.embed_dim)
-        return self.decode_latents(
-            self.quantize.get_codebook_entry(codes.long().reshape(-1), shape)
-        )
+        with _gradients(codes, max_memory):
+            z_q = self.quantize.get_codebook_entry(codes.long().reshape(-1), shape)
+        return self.decode_latents(z_q, max_memory=max_memory)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Training forward.

@@ -1,0 +1,228 @@
+"""The layers of the stage-1 network as steps over bands of rows, from the top of a map to its end.
+
+A band is n full rows [1, C, n, W]. A stream takes one band after the other and gives the rows that
+are settled by then: a 3x3 window is one row late, and the last band brings what is left. Between
+two bands it holds only the rows that windows still need, so that each is computed once a pass.
+
+Inside a residual block there are two maps, the one at work and the input of the block, which runs
+ahead of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqfast.nn.attention import SpatialAttention
+from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
+
+Bands = list[Tensor]  # one band of each map
+Stream = Callable[[Bands, bool], Bands]  # the flag: these are the last ones
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of the network between two of its states.
+
+    `stream(normalise)` starts a pass; `normalise` is None where there is no `norm`, whose
+    statistics are those of the first map before the step. `before` and `after` are the channels of
+    the maps, n rows of the one are n · up / down rows of the other, `macs` multiply-adds fall on a
+    position after. `attention` has no stream: it needs the whole map.
+    """
+
+    stream: Callable[[Normalise | None], Stream] | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    macs: int
+    norm: nn.GroupNorm | None = None
+    up: int = 1
+    down: int = 1
+    attention: SpatialAttention | None = None
+
+
+def steps_of(parts: Iterator[nn.Module]) -> list[Step]:
+    """The steps of a network's layers, in their order."""
+    steps: list[Step] = []
+    norm = None
+    for part in parts:
+        if isinstance(part, GroupNormSiLU):
+            norm = part  # of the convolution that follows
+        elif isinstance(part, ResBlock):
+            steps += _block(part)
+        elif isinstance(part, SpatialAttention):
+            C = part.q.in_channels
+            steps.append(Step(None, (C,), (C,), 4 * C * C, norm=part.norm, attention=part))
+        elif not isinstance(part, nn.Identity):
+            steps.append(_resampling(part, norm))
+    return steps
+
+
+def _resampling(part: nn.Module, norm: nn.GroupNorm | None) -> Step:
+    """A convolution alone, with doubled or with halved sides."""
+    conv = part if isinstance(part, nn.Conv2d) else part.conv
+    C, O = conv.in_channels, conv.out_channels  # noqa: E741 - the letter of the contract's kernels
+    up, down = 1 + isinstance(part, Upsample), 1 + isinstance(part, Downsample)
+    stream = partial(_Halving, part) if down == 2 else partial(_Convolution, part, conv, up)
+    return Step(stream, (C,), (O,), 9 * C * O, norm, up, down)
+
+
+def _block(block: ResBlock) -> list[Step]:
+    C, O = block.conv1.in_channels, block.conv1.out_channels  # noqa: E741
+    opened = partial(_Convolution, block.conv1, block.conv1, 1, keeps=True)
+    shortcut = 0 if block.nin_shortcut is None else C * O
+    return [
+        Step(opened, (C,), (O, C), 9 * C * O, block.norm1),
+        Step(partial(_BlockEnd, block), (O, C), (O,), 9 * O * O + shortcut, block.norm2),
+    ]
+
+
+# ---- statistics
+
+
+class Moments:
+    """Mean and variance of each group of channels over all rows that were added.
+
+    A band's sums are taken in float32 about its own mean, and bands merged in float64 in their
+    order: Chan, Golub and LeVeque, doi:10.1080/00031305.1983.10483115, eq. 2.1.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self.groups, self.count = groups, 0
+        self.mean: Tensor | None = None  # [groups] float64
+        self.squares: Tensor | None = None  # sum of (x - mean)^2, likewise
+
+    def add(self, band: Tensor) -> None:
+        """band [1, C, n, W]."""
+        C, count = band.shape[1], band.numel() // self.groups
+        if not count:
+            return
+        wide = torch.promote_types(band.dtype, torch.float32)
+        rows = band.movedim(1, -1).reshape(-1, C)
+        about = self._grouped(rows.mean(0, dtype=wide)).mean(1)  # [groups]
+        centred = rows - about.to(wide).repeat_interleave(C // self.groups)
+        rest = self._grouped(centred.sum(0)).sum(1)  # what rounding left of the mean
+        squares = self._grouped(centred.square_().sum(0)).sum(1) - rest.square() / count
+        mean = about.to(wide).double() + rest / count
+        if self.mean is None or self.squares is None:
+            self.mean, self.squares, self.count = mean, squares, count
+            return
+        both, apart = self.count + count, mean - self.mean
+        self.mean = self.mean + apart * (count / both)
+        self.squares = self.squares + squares + apart.square() * (self.count * count / both)
+        self.count = both
+
+    def _grouped(self, channels: Tensor) -> Tensor:
+        return channels.double().view(self.groups, -1)
+
+
+class Normalise:
+    """Group normalisation by known statistics, and SiLU where the layer has it."""
+
+    def __init__(self, norm: nn.GroupNorm, moments: Moments, dtype: torch.dtype) -> None:
+        assert moments.mean is not None and moments.squares is not None
+        self._silu = isinstance(norm, GroupNormSiLU)
+        wide = torch.promote_types(dtype, torch.float32)
+        rstd = (moments.squares / moments.count + norm.eps).rsqrt()  # [groups]
+        each = norm.num_channels // norm.num_groups
+        mean, rstd = (t.repeat_interleave(each) for t in (moments.mean, rstd))  # [C]
+        weight, bias = norm.weight.double() * rstd, norm.bias.double()
+        # a float32 mean: its rounding goes into the bias
+        self._mean = mean.to(wide)
+        self._weight = weight.to(wide)
+        self._bias = (bias - (mean - self._mean) * weight).to(wide)
+
+    def __call__(self, band: Tensor) -> Tensor:
+        """band [1, C, n, W] -> the same shape, dtype and layout, in memory of its own."""
+        rows = band.movedim(1, -1) - self._mean  # [1, n, W, C]
+        rows = rows.mul_(self._weight).add_(self._bias)
+        if self._silu:
+            rows = F.silu(rows, inplace=True)
+        return rows.to(band.dtype).movedim(-1, 1)
+
+
+# ---- streams
+
+
+class _Window:
+    """A 3x3 convolution of padding 1, perhaps of doubled pixels, over bands."""
+
+    def __init__(self, module: nn.Module, conv: nn.Conv2d, scale: int) -> None:
+        self._module, self._channels, self._scale = module, conv.out_channels, scale
+        self._held: Tensor | None = None  # the last two rows, or the only one
+        self._top = 0  # rows of _held whose result is out
+
+    def __call__(self, band: Tensor, last: bool) -> Tensor:
+        rows = band if self._held is None else torch.cat((self._held, band), 2)
+        n, s = rows.shape[2], self._scale
+        begin, end = self._top, n if last else n - 1
+        # a copy: a view would keep the band, and a map that is written over would change it
+        self._held = rows[:, :, -2:].clone()
+        if begin >= end:
+            return rows.new_empty((1, self._channels, 0, s * rows.shape[3]))
+        self._top = 1
+        return self._module(rows)[:, :, s * begin : s * end]
+
+
+class _Convolution:
+    """A convolution of the normalised map; at the start of a block its input goes along."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        conv: nn.Conv2d,
+        scale: int,
+        normalise: Normalise | None,
+        keeps: bool = False,
+    ) -> None:
+        self._window, self._normalise = _Window(module, conv, scale), normalise
+        self._keeps = keeps
+
+    def __call__(self, bands: Bands, last: bool) -> Bands:
+        (x,) = bands
+        y = self._window(x if self._normalise is None else self._normalise(x), last)
+        return [y, x] if self._keeps else [y]
+
+
+class _BlockEnd:
+    """The second convolution of a block, plus the input of the block."""
+
+    def __init__(self, block: ResBlock, normalise: Normalise) -> None:
+        self._window, self._normalise = _Window(block.conv2, block.conv2, 1), normalise
+        self._shortcut = block.nin_shortcut
+        self._ahead: Tensor | None = None  # rows of the input whose result is not there yet
+
+    def __call__(self, bands: Bands, last: bool) -> Bands:
+        x = bands[1] if self._shortcut is None else self._shortcut(bands[1])
+        y = self._window(self._normalise(bands[0]), last)
+        ahead = x[:, :, :0] if self._ahead is None else self._ahead
+        n, first = y.shape[2], min(y.shape[2], ahead.shape[2])
+        y[:, :, :first].add_(ahead[:, :, :first])
+        y[:, :, first:].add_(x[:, :, : n - first])
+        self._ahead = torch.cat((ahead[:, :, first:], x[:, :, n - first :]), 2)
+        return [y]
+
+
+class _Halving:
+    """The convolution of stride 2; below the last row there is one of zeros."""
+
+    def __init__(self, down: Downsample, normalise: Normalise | None) -> None:
+        self._down = down
+        self._held: Tensor | None = None
+
+    def __call__(self, bands: Bands, last: bool) -> Bands:
+        (band,) = bands
+        rows = band if self._held is None else torch.cat((self._held, band), 2)
+        if last:
+            return [self._down(rows)]
+        n = max(0, rows.shape[2] - 1) // 2
+        self._held = rows[:, :, 2 * n :].clone()
+        if not n:
+            shape = (1, self._down.conv.out_channels, 0, rows.shape[3] // 2)
+            return [rows.new_empty(shape)]
+        return [self._down.conv(F.pad(rows[:, :, : 2 * n + 1], (0, 1)))]
