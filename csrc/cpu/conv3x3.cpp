@@ -55,6 +55,7 @@ REFUSES(conv3x3, why_not)
 // clang-format off: simd.h comes first
 #include "simd.h"
 #include "dot.h"
+#include "rounded_store.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -102,17 +103,7 @@ struct Conv {
     block = ((B * tiles + n - 1) / n + kRows - 1) / kRows * kRows;
   }
 
-  VQFAST_INLINE static void put(float* p, VF v, int n) { store_n(p, v, n); }
-  VQFAST_INLINE static void put(bf16* p, VF v, int n) {
-#if VQFAST_LANES == 16
-    if constexpr (kNative) {
-      __m256i half;
-      asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
-      return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), half);
-    }
-#endif
-    store_n(p, v, n);
-  }
+  VQFAST_INLINE static void put(T* p, VF v, int n) { store_rounded<kNative>(p, v, n); }
 
   // of four values those that are not zero on doubled pixels
   VQFAST_INLINE static int at(int tap) { return kDoubled && tap == 2 ? 3 : tap; }

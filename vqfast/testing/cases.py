@@ -73,13 +73,19 @@ CASES: tuple[Case, ...] = (
     _case("causal_attention", "edge_primes", "edge", B=1, H=3, T=37, d=59),
     _case("causal_attention", "edge_d100", "edge", B=1, H=1, T=17, d=100),
     # ---- group norm + SiLU
-    _case("group_norm_silu", "vqgan_256px", "bench", B=1, C=128, H=256, W=256, groups=32),
-    _case("group_norm_silu", "vqgan_64px", "bench", B=4, C=256, H=64, W=64, groups=32),
-    _case("group_norm_silu", "vqgan_16px", "bench", B=8, C=512, H=16, W=16, groups=32),
-    _case("group_norm_silu", "smoke", "smoke", B=2, C=64, H=9, W=7, groups=32),
-    _case("group_norm_silu", "edge_one_pixel", "edge", B=3, C=32, H=1, W=1, groups=8),
-    _case("group_norm_silu", "edge_primes", "edge", B=1, C=39, H=5, W=11, groups=13),
-    _case("group_norm_silu", "edge_b0", "edge", B=0, C=32, H=2, W=2, groups=32),
+    *(
+        _case(op, id, tags, B=B, C=C, H=H, W=W, groups=groups)
+        for op in ("group_norm_silu", "group_norm_silu_apply")
+        for id, tags, B, C, H, W, groups in (
+            ("vqgan_256px", "bench", 1, 128, 256, 256, 32),
+            ("vqgan_64px", "bench", 4, 256, 64, 64, 32),
+            ("vqgan_16px", "bench", 8, 512, 16, 16, 32),
+            ("smoke", "smoke", 2, 64, 9, 7, 32),
+            ("edge_one_pixel", "edge", 3, 32, 1, 1, 8),
+            ("edge_primes", "edge", 1, 39, 5, 11, 13),
+            ("edge_b0", "edge", 0, 32, 2, 2, 32),
+        )
+    ),
     # ---- 3x3 convolution (the kernel takes 1024 positions of y and 32 channels, or more)
     _case("conv3x3", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
     _case("conv3x3", "vqgan_128px", "bench", B=1, C=256, O=256, H=128, W=128),
