@@ -86,11 +86,15 @@ CASES: tuple[Case, ...] = (
             ("edge_b0", "edge", 0, 32, 2, 2, 32),
         )
     ),
-    # ---- 3x3 convolution (the kernel takes 1024 positions of y and 32 channels, or more)
+    # ---- 3x3 convolution (the kernel takes 64 positions of y and 32 channels, or more)
     _case("conv3x3", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
     _case("conv3x3", "vqgan_128px", "bench", B=1, C=256, O=256, H=128, W=128),
     _case("conv3x3", "vqgan_32px", "bench", B=4, C=512, O=256, H=32, W=32),
     _case("conv3x3", "vqgan_up", "bench", B=1, C=128, O=128, H=128, W=128, scale=2),
+    _case("conv3x3", "vqgan_16px", "bench", B=1, C=512, O=512, H=16, W=16),
+    _case("conv3x3", "smoke_few", "smoke", B=2, C=130, O=131, H=8, W=9, residual=1),
+    _case("conv3x3", "edge_few_doubled", "edge", B=1, C=131, O=130, H=13, W=2, scale=2),
+    _case("conv3x3", "edge_one_column", "edge", B=1, C=259, O=128, H=67, W=1),
     _case("conv3x3", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
     _case("conv3x3", "smoke_residual", "smoke", B=1, C=40, O=36, H=33, W=32, residual=1),
     _case("conv3x3", "smoke_doubled", "smoke", B=2, C=35, O=40, H=17, W=16, scale=2),
