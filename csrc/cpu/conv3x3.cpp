@@ -61,17 +61,15 @@ REFUSES(conv3x3, why_not)
 #include "simd.h"
 #include "dot.h"
 #include "rounded_store.h"
+#include "winograd.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
-constexpr int kWide = 2 * kLanes;             // outputs of a register tile
-constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
-constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
-constexpr int64_t kBlockBytes = 512 << 10;    // of V; the rest of L2 holds weights and products
-constexpr int64_t kSub = 48;                  // tiles of a block whose products are held at a time
-constexpr int64_t kFewBytes = 2 << 20;        // V of all tiles: packing all weights does not pay
+constexpr int64_t kBlockBytes = 512 << 10;  // of V; the rest of L2 holds weights and products
+constexpr int64_t kSub = 48;                // tiles of a block whose products are held at a time
+constexpr int64_t kFewBytes = 2 << 20;      // V of all tiles: packing all weights does not pay
 // Frequency to frequency of a tile of weights and of products. A vector of padding: a power of two
 // apart they would share cache sets.
 constexpr int64_t kTile = kWide * kLanes + 16, kProducts = kSub * kWide + 16;
@@ -158,28 +156,6 @@ struct Conv {
       }
   }
 
-  // [kLanes, kLanes] words -> transposed, n rows of it, kWide apart
-  static void transpose(const int32_t* from, int64_t n, int32_t* to) {
-    VI rows[kLanes], lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = load_int(from + i * kLanes);
-#pragma GCC unroll 4
-    for (int d = 1; d < kLanes; d *= 2) {
-      // lanes d and more from the other row; kLanes + i is lane i of the second operand
-      const VI low = (lane & d) ? lane - d + kLanes : lane,
-               high = (lane & d) ? lane + kLanes : lane + d;
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        if (!(i & d)) {
-          const VI a = rows[i], b = rows[i + d];
-          rows[i] = __builtin_shuffle(a, b, low);
-          rows[i + d] = __builtin_shuffle(a, b, high);
-        }
-    }
-    for (int i = 0; i < n; ++i) __builtin_memcpy(to + i * kWide, &rows[i], sizeof(VI));
-  }
-
   // G g G' of the weights of one panel -> packed [kF, words, kWide]
   void pack(int64_t panel, int32_t* tile, int32_t* packed) const {
     for (int64_t from = 0; from < words; from += kLanes) {
@@ -239,50 +215,6 @@ struct Conv {
     if (c < C) channels(c, static_cast<int>(C - c), static_cast<int>(words * kPer - c));
   }
 
-  // m [kR, kWide] = v [kR, n of words] u [n, kWide], or += if add. Every loop over the rows is
-  // unrolled by hand, the first one too: one that is not keeps the sums in memory.
-  template <int kR>
-  __attribute__((noinline)) static void multiply(const int32_t* v, int64_t words, const int32_t* u,
-                                                 int64_t n, bool add, float* m) {
-    VF low[kR], high[kR];
-#pragma GCC unroll 12
-    for (int r = 0; r < kR; ++r) low[r] = high[r] = VF{};
-    for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
-      const VI u0 = load_int(u), u1 = load_int(u + kLanes);
-      const int32_t* row = v;
-#pragma GCC unroll 12
-      for (int r = 0; r < kR; ++r, row += words) {
-        const VI each = every_lane(row);
-        if constexpr (kPer == 2) {
-          low[r] = dot2<kNative>(low[r], u0, each);
-          high[r] = dot2<kNative>(high[r], u1, each);
-        } else {
-          low[r] = fma((VF)each, (VF)u0, low[r]);
-          high[r] = fma((VF)each, (VF)u1, high[r]);
-        }
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < kR; ++r) {
-      float* to = m + r * kWide;
-      store(to, add ? load(to) + low[r] : low[r]);
-      store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
-    }
-  }
-
-  // the same for any number of rows; what v holds in rows past `rows` is computed, never stored
-  static void multiply_rows(const int32_t* v, int64_t words, int64_t rows, const int32_t* u,
-                            int64_t n, bool add, float* m) {
-    for (int64_t t = 0; t < rows; t += kRows, v += kRows * words, m += kRows * kWide) {
-      if (rows - t <= kRows / 3)
-        multiply<kRows / 3>(v, words, u, n, add, m);
-      else if (rows - t <= kRows / 3 * 2)
-        multiply<kRows / 3 * 2>(v, words, u, n, add, m);
-      else
-        multiply<kRows>(v, words, u, n, add, m);
-    }
-  }
-
   // A' m A of one tile and panel, plus bias and residual -> y; m[f * stride + o]
   void transform_output(const float* m, int64_t stride, int64_t tile, int64_t panel) const {
     const int64_t rows = down * 2 - (!kDoubled && H % 2),
@@ -326,8 +258,9 @@ struct Conv {
       const int64_t n = std::min(kSub, count - sub);
       for (int f = 0; f < kF; ++f)
         for (int64_t k = 0; k < words; k += kChain)
-          multiply_rows(v + f * stride + sub * words + k, words, n, u + (f * words + k) * kWide,
-                        std::min(kChain, words - k), k > 0, m + f * kProducts);
+          multiply_rows<T, kNative>(v + f * stride + sub * words + k, words, n,
+                                    u + (f * words + k) * kWide, std::min(kChain, words - k), k > 0,
+                                    m + f * kProducts);
       for (int64_t t = 0; t < n; ++t)
         transform_output(m + t * kWide, kProducts, begin + sub + t, panel);
     }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
-from vqfast.ops import conv3x3, group_norm_silu
+from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu
 
 GROUPS = 32
 # torch's default is 1e-5; every released checkpoint was trained with this one
@@ -41,7 +41,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def _by_op(x: Tensor, conv: nn.Conv2d) -> bool:
-    """`ops.conv3x3` computes this convolution: on a CPU, without gradients and autocast."""
+    """An op computes this convolution: on a CPU, without gradients and autocast."""
     right = x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
     free = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and right and free
@@ -98,7 +98,8 @@ class Downsample(nn.Module):
     """[B, C, H, W] -> [B, C, H/2, W/2] by a 3x3 convolution of stride 2.
 
     One row and column of zeros at the bottom and the right only: symmetric padding would shift
-    every feature by half a cell and no released checkpoint would fit.
+    every feature by half a cell and no released checkpoint would fit. On a CPU without gradients
+    it is `ops.conv3x3_down`, which needs no padded copy.
     """
 
     def __init__(self, channels: int) -> None:
@@ -106,6 +107,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _by_op(x, self.conv):
+            return conv3x3_down(x, self.conv.weight, self.conv.bias)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 

@@ -102,6 +102,13 @@ CASES: tuple[Case, ...] = (
     _case("conv3x3", "edge_doubled", "edge", B=1, C=33, O=67, H=1, W=257, scale=2, residual=1),
     _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
     _case("conv3x3", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
+    _case("conv3x3_down", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
+    _case("conv3x3_down", "vqgan_32px", "bench", B=4, C=256, O=256, H=32, W=32),
+    _case("conv3x3_down", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
+    _case("conv3x3_down", "edge_odd", "edge", B=1, C=37, O=67, H=35, W=53),
+    _case("conv3x3_down", "edge_wide", "edge", B=3, C=150, O=129, H=18, W=15),
+    _case("conv3x3_down", "edge_one_row", "edge", B=1, C=33, O=35, H=3, W=517),
+    _case("conv3x3_down", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
     *(
         _case("conv3x3_weight", id, tags, B=B, C=C, O=outs, H=H, W=W)
         for id, tags, B, C, outs, H, W in (
