@@ -25,7 +25,7 @@ from vqfast.checkpoints import native
 from vqfast.errors import CheckpointError
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.nn.attention import SpatialAttention
-from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
+from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsample
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
 from vqfast.nn.quantizers.gumbel import GumbelQuantizer
 from vqfast.nn.quantizers.vector import VectorQuantizer
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = _middle(c, width)
         self.norm_out = GroupNormSiLU(width)
-        self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(width, c.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
                 h = part(h)
         for part in self.mid.values():
             h = part(h)
-        return self.conv_out(self.norm_out(h))
+        return self.conv_out(self.norm_out(h, in_place=True))
 
 
 class Decoder(nn.Module):
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         super().__init__()
         last = len(c.ch_mult) - 1
         width, size = c.ch * c.ch_mult[last], c.resolution // c.factor
-        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.conv_in = Conv3x3(c.z_channels, width)
         self.mid = _middle(c, width)
         levels = []
         for i in range(last, -1, -1):
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for part in level.parts():
                 h = part(h)
-        return self.conv_out(self.norm_out(h))
+        return self.conv_out(self.norm_out(h, in_place=True))
 
 
 def _quantizer(c: VQGANConfig) -> nn.Module:
