@@ -9,7 +9,7 @@ from vqfast.nn.attention import SpatialAttention, spatial_attention
 from vqfast.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, upsample_conv
 from vqfast.nn.trained_conv import trained_conv
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
-from vqfast.ops import conv3x3
+from vqfast.ops import conv3x3, conv3x3_down
 from vqfast.testing import compare, tolerances
 
 
@@ -54,6 +54,45 @@ def test_residual_block_without_gradient_equals_the_one_with(channels, dtype):
     assert torch.equal(x, before)
     allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert (got.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 64, 34, 32), (3, 96, 21, 33), (1, 64, 2, 260)])
+def test_downsampling_without_gradient_keeps_the_error_rule(shape, dtype):
+    torch.manual_seed(0)
+    down, x = Downsample(shape[1]).to(dtype), torch.randn(shape).to(dtype)
+    plain = down(x)
+    exact = down.double()(x.double())
+    with torch.no_grad():
+        down = down.to(dtype)
+        got, alone = down(x), down(x[-1:])
+    allowed = 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert got.dtype == dtype and got.shape == exact.shape
+    assert (got - exact).abs().max() <= allowed
+    assert torch.equal(got[-1:], alone)  # whatever else is in the batch
+
+
+def test_conv3x3_down_sees_zeros_below_and_to_the_right():
+    x, w = torch.ones(1, 32, 18, 22), torch.ones(32, 32, 3, 3)
+    y = conv3x3_down(x, w, torch.zeros(32))
+    expected = torch.full((9, 11), 9.0 * 32)
+    expected[-1] = expected[:, -1] = 6.0 * 32
+    expected[-1, -1] = 4.0 * 32
+    assert torch.equal(y, expected.expand(1, 32, 9, 11))
+
+
+def test_conv3x3_down_refuses():
+    x, w, b = torch.zeros(1, 32, 8, 8), torch.zeros(16, 32, 3, 3), torch.zeros(16)
+    assert conv3x3_down(x, w, b).shape == (1, 16, 4, 4)
+    for args, error, words in [
+        ((x, w.double(), b), TypeError, "weight must have the dtype of x"),
+        ((x, w[:, :31], b), ValueError, r"weight must be \[16, 32, 3, 3\]"),
+        ((x, w, b[:3]), ValueError, r"bias must be \[16\]"),
+        ((x[..., :1], w, b), ValueError, "sides of at least 2"),
+        ((x, w.clone().requires_grad_(), b), RuntimeError, "weight requires one"),
+    ]:
+        with pytest.raises(error, match=words):
+            conv3x3_down(*args)
 
 
 def test_attention_is_permutation_equivariant_over_positions():

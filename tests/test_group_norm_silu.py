@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import vqfast
+from vqfast.ops import group_norm_silu_apply, group_norm_silu_in_place
 from vqfast.testing import compare, tolerances
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -106,6 +107,71 @@ def test_nan_stays_in_its_group(last, each_backend):
     y = vqfast.group_norm_silu(channels_last(x) if last else x, weight, bias, 4)
     assert y[1, 2:4].isnan().all() and y[0].isfinite().all()
     torch.testing.assert_close(y[1, [0, 1, 4, 5, 6, 7]], clean[1, [0, 1, 4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_given_its_own_statistics_it_gives_its_own_bits(last, dtype, each_isa):
+    for shape, groups in SHAPES:
+        x, weight, bias, _ = make(shape, dtype)
+        x = channels_last(x) if last else x
+        y, mean, rstd = torch.ops.vqfast.group_norm_silu(x, weight, bias, groups, 1e-6)
+        got = group_norm_silu_apply(x, weight, bias, mean, rstd)
+        assert torch.equal(got, y) and got.stride() == y.stride()
+        assert group_norm_silu_in_place(x, weight, bias, groups, 1e-6) is x
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_may_come_from_elsewhere(last, dtype, each_isa):
+    x, weight, bias, _ = make((2, 39, 9, 13), dtype)
+    mean, rstd = torch.full((2, 13), 0.3), torch.tensor([[0.5], [7.0]]).repeat(1, 13)
+
+    def plain(x, weight, bias, mean, rstd):
+        mean, rstd = (t.repeat_interleave(3, 1)[..., None, None].to(x) for t in (mean, rstd))
+        return F.silu((x - mean) * rstd * weight[:, None, None] + bias[:, None, None])
+
+    given = (channels_last(x) if last else x, weight, bias, mean, rstd)
+    exact = plain(*(t.double() for t in given))
+    used = compare.budget_ratio(
+        group_norm_silu_apply(*given), plain(*given), exact, tolerances.FORWARD
+    )
+    assert used <= 1, f"{used:.2f} of the allowed error"
+
+
+@pytest.mark.parametrize("value", [-math.inf, -3e38, -200.0, -90.0, 90.0, 200.0, math.inf])
+def test_silu_has_its_limits_far_out(value, each_isa):
+    for dtype in DTYPES:
+        x = torch.full((1, 1, 40), value).to(dtype)
+        one = torch.ones(1, dtype=dtype)
+        y = group_norm_silu_apply(x, one, 0 * one, torch.zeros(1, 1), torch.ones(1, 1))
+        torch.testing.assert_close(y, F.silu(x), rtol=0, atol=1e-30, equal_nan=True)
+
+
+def test_in_place_refuses_gradients_and_takes_any_layout():
+    x, weight, bias, _ = make((2, 8, 5, 6))
+    expected = four_groups(x, weight, bias)
+    with pytest.raises(RuntimeError, match="weight requires one"):
+        group_norm_silu_in_place(x, weight.clone().requires_grad_(), bias, 4)
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    group_norm_silu_in_place(turned, weight, bias, 4)
+    torch.testing.assert_close(turned, expected)
+
+
+def test_apply_refuses():
+    x, w, stat = torch.zeros(2, 8, 3, 3), torch.zeros(8), torch.zeros(2, 4)
+    for arguments, kind, words in [
+        ((x, w, w, stat[:1], stat), ValueError, r"mean must be \[2, 4\].*\[1, 4\]"),
+        ((x, w, w, stat, stat[:, :2]), ValueError, r"rstd must be \[2, 4\] to match mean"),
+        ((x, w, w, *2 * (torch.zeros(2, 3),)), ValueError, r"\[2, groups\] of 8 channels"),
+        ((x, w, w, *2 * (torch.zeros(2, 0),)), ValueError, r"\[2, groups\] of 8 channels"),
+        ((x, w[:3], w, stat, stat), ValueError, r"weight must be \[8\]"),
+        ((x, w, w, stat.int(), stat), TypeError, "mean .*int32"),
+        ((x, w, w, stat, stat.clone().requires_grad_()), RuntimeError, "rstd requires one"),
+    ]:
+        with pytest.raises(kind, match=words):
+            group_norm_silu_apply(*arguments)
 
 
 def four_groups(x, weight, bias):

@@ -21,16 +21,18 @@
 //   products are left: 4 times fewer too. A thread takes blocks of output tiles: their transformed
 //   inputs V [F, tiles, C] stay in L2 while panels of 2 kLanes outputs pass by; a register tile is
 //   kRows tiles x 2 vectors. Transformed weights are packed [panel, F, C, 2 kLanes] first, two
-//   channels to a word in bfloat16.
+//   channels to a word in bfloat16. Few tiles: V of all of them first, then the weights panel by
+//   panel, used while they are in cache.
 //
 // Ladder: one chain over all of C had 2.3 times the error of torch's NCHW convolution at C = 512;
 //   chains of 64 channels, whose weights stay in L1, have 0.7 times (2026-11-23). 128 channels at
 //   256px, 1 thread of Zen 5 (2026-11-25): float32 57.9 -> 43.5 ms with large pages for y; bfloat16
 //   55 with sums that gcc kept in memory, 23 in registers, 21.9 with products of 48 tiles at a
-//   time, of which 17 are at the limit of vdpbf16ps; oneDNN's direct one takes 37. F(4x4, 3x3) is
-//   1.5 times faster than F(2x2, 3x3) from 64px on, 1.1 at 32px; blocks of 256 KiB to 1 MiB and
-//   12 to 48 tiles at a time made no difference. 512 channels at 32px: 0.6, as 37 MB of weights pass
-//   through L3 (Zen 4, 2026-11-30).
+//   time, of which 17 are at the limit of vdpbf16ps; oneDNN's direct one takes 37. 512 channels at
+//   16px, 1 thread of Zen 4 (2026-11-30), all weights packed first, then panel by panel: bfloat16
+//   6.1 -> 4.0 ms (oneDNN 5.7), float32 13.1 -> 7.4 (12.0). There F(4x4, 3x3) is 1.5 times faster
+//   than F(2x2, 3x3) from 64px on, 1.1 times at 32px; blocks of 256 KiB to 1 MiB and 12 to 48 tiles
+//   at a time made no difference. 512 channels at 32px: 0.6 times, as 37 MB of weights pass L3.
 #include <algorithm>
 
 #include "kernel.h"
@@ -45,8 +47,10 @@ const char* why_not(const Args& a) {
   if (x.dtype != w.dtype || x.dtype != a.t[2].dtype) return "inputs differ in dtype";
   if (a.t[3].data && a.t[3].dtype != x.dtype) return "inputs differ in dtype";
   const int64_t positions = x.shape[1] * x.shape[2] * a.s[0].i * a.s[0].i;
-  if (positions < 1024) return "fewer than 1024 positions of the result";
-  if (x.shape[3] < 32 || w.shape[0] < 32) return "fewer than 32 channels";
+  const int64_t channels = std::min(x.shape[3], w.shape[0]);
+  if (channels < 32) return "fewer than 32 channels";
+  if (positions < 64) return "fewer than 64 positions of the result";
+  if (positions * channels < 8192) return "too few positions for so few channels";
   return nullptr;
 }
 }  // namespace
@@ -59,16 +63,19 @@ REFUSES(conv3x3, why_not)
 // clang-format off: simd.h comes first
 #include "simd.h"
 #include "dot.h"
+#include "rounded_store.h"
 #include "winograd.h"
+#include "winograd_products.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
-constexpr int kWide = 2 * kLanes;             // outputs of a register tile
-constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
-constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
-constexpr int64_t kBlockBytes = 512 << 10;    // of V; the rest of L2 holds weights and products
+constexpr int64_t kBlockBytes = 512 << 10;  // of V; the rest of L2 holds weights and products
+constexpr int64_t kFewBytes = 2 << 20;      // V of all tiles: packing all weights does not pay
+// Frequency to frequency of a tile of weights; a vector of padding here and below: a power of two
+// apart they would share cache sets.
+constexpr int64_t kTile = kWide * kLanes + 16;
 
 // kOut x kOut outputs of a tile. kDoubled: the pixels of x are doubled. kNative: vdpbf16ps and its
 // rounding are there.
@@ -79,7 +86,8 @@ struct Conv {
   static constexpr int kTaps = Line::kTaps;   // rows and columns of a transformed tile
   static constexpr int kF = kTaps * kTaps;
   static constexpr int kScale = kDoubled ? 2 : 1;
-  static constexpr int64_t kSub = kOut == 4 ? 24 : 48;  // tiles whose products are held at a time
+  static constexpr int64_t kSub = kOut == 4 ? 24 : 48;       // tiles whose products are held
+  static constexpr int64_t kProducts = kSub * kWide + 16;  // from frequency to frequency of them
 
   int64_t B, H, W, C, O, words, down, across, tiles, panels, block;
   int threads;
@@ -109,19 +117,12 @@ struct Conv {
     block = ((B * tiles + n - 1) / n + kRows - 1) / kRows * kRows;
   }
 
-  VQFAST_INLINE static void put(float* p, VF v, int n) { store_n(p, v, n); }
-  VQFAST_INLINE static void put(bf16* p, VF v, int n) {
-#if VQFAST_LANES == 16
-    if constexpr (kNative) {
-      __m256i half;
-      asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
-      return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), half);
-    }
-#endif
-    store_n(p, v, n);
-  }
+  // from frequency to frequency of V, padded likewise
+  int64_t plane(int64_t count) const { return (count + kRows - 1) / kRows * kRows * words + 16; }
 
-  // G g G' of n channels of one output -> to[f * kWide * kLanes words]
+  VQFAST_INLINE static void put(T* p, VF v, int n) { store_rounded<kNative>(p, v, n); }
+
+  // G g G' of n channels of one output -> to[f * kTile words]
   VQFAST_INLINE void transform_weight(const T* from, int n, T* to) const {
     VF rows[3][kTaps];
 #pragma GCC unroll 3
@@ -138,11 +139,11 @@ struct Conv {
       Line::weights(g, u);
 #pragma GCC unroll 6
       for (int j = 0; j < kTaps; ++j)
-        put(to + (i * kTaps + j) * kWide * kLanes * kPer, u[j], kLanes);
+        put(to + (i * kTaps + j) * kTile * kPer, u[j], kLanes);
     }
   }
 
-  // words [from, from + kLanes) of the transformed weights of one panel -> tile [kF, kWide, kLanes]
+  // words [from, from + kLanes) of the transformed weights of one panel -> tile [kF, kTile]
   void transform_weights(int64_t panel, int64_t from, int32_t* tile) const {
     for (int o = 0; o < kWide; ++o)
       for (int part = 0; part < kPer; ++part) {
@@ -156,28 +157,6 @@ struct Conv {
       }
   }
 
-  // [kLanes, kLanes] words -> transposed, n rows of it, kWide apart
-  static void transpose(const int32_t* from, int64_t n, int32_t* to) {
-    VI rows[kLanes], lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = load_int(from + i * kLanes);
-#pragma GCC unroll 4
-    for (int d = 1; d < kLanes; d *= 2) {
-      // lanes d and more from the other row; kLanes + i is lane i of the second operand
-      const VI low = (lane & d) ? lane - d + kLanes : lane,
-               high = (lane & d) ? lane + kLanes : lane + d;
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        if (!(i & d)) {
-          const VI a = rows[i], b = rows[i + d];
-          rows[i] = __builtin_shuffle(a, b, low);
-          rows[i + d] = __builtin_shuffle(a, b, high);
-        }
-    }
-    for (int i = 0; i < n; ++i) __builtin_memcpy(to + i * kWide, &rows[i], sizeof(VI));
-  }
-
   // G g G' of the weights of one panel -> packed [kF, words, kWide]
   void pack(int64_t panel, int32_t* tile, int32_t* packed) const {
     for (int64_t from = 0; from < words; from += kLanes) {
@@ -185,7 +164,7 @@ struct Conv {
       const int64_t n = std::min<int64_t>(kLanes, words - from);
       for (int f = 0; f < kF; ++f)
         for (int half = 0; half < kWide; half += kLanes)
-          transpose(tile + (f * kWide + half) * kLanes, n,
+          transpose(tile + f * kTile + half * kLanes, n,
                     packed + (f * words + from) * kWide + half);
     }
   }
@@ -227,36 +206,6 @@ struct Conv {
     if (c < C) channels(c, static_cast<int>(C - c), static_cast<int>(words * kPer - c));
   }
 
-  // m [kRows, kWide] = v [kRows, n of words] u [n, kWide], or += if add. Every loop over the rows
-  // is unrolled by hand, the first one too: one that is not keeps the sums in memory.
-  __attribute__((noinline)) static void multiply(const int32_t* v, int64_t words, const int32_t* u,
-                                                 int64_t n, bool add, float* m) {
-    VF low[kRows], high[kRows];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) low[r] = high[r] = VF{};
-    for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
-      const VI u0 = load_int(u), u1 = load_int(u + kLanes);
-      const int32_t* row = v;
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r, row += words) {
-        const VI each = every_lane(row);
-        if constexpr (kPer == 2) {
-          low[r] = dot2<kNative>(low[r], u0, each);
-          high[r] = dot2<kNative>(high[r], u1, each);
-        } else {
-          low[r] = fma((VF)each, (VF)u0, low[r]);
-          high[r] = fma((VF)each, (VF)u1, high[r]);
-        }
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      float* to = m + r * kWide;
-      store(to, add ? load(to) + low[r] : low[r]);
-      store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
-    }
-  }
-
   // A' m A of one tile and panel, plus bias and residual -> y; m[f * stride + o]
   void transform_output(const float* m, int64_t stride, int64_t tile, int64_t panel) const {
     const int64_t rows = H * kScale, columns = W * kScale;
@@ -293,47 +242,68 @@ struct Conv {
     }
   }
 
-  // tiles [begin, begin + count), panels [first, last)
-  void run_block(int64_t begin, int64_t count, int64_t first, int64_t last, const int32_t* packed,
-                 const T* zeros, int32_t* v, float* m) const {
-    for (int64_t t = 0; t < count; ++t)
-      transform_input(begin + t, zeros, reinterpret_cast<T*>(v + t * words), block * words * kPer);
-    for (int64_t p = first; p < last; ++p)
-      for (int64_t sub = 0; sub < count; sub += kSub) {
-        const int64_t n = std::min(kSub, count - sub);
-        for (int f = 0; f < kF; ++f) {
-          const int32_t* u = packed + (p * kF + f) * words * kWide;
-          for (int64_t k = 0; k < words; k += kChain)
-            // rows past count hold what an earlier block left: computed, never stored
-            for (int64_t t = 0; t < n; t += kRows)
-              multiply(v + (f * block + sub + t) * words + k, words, u + k * kWide,
-                       std::min(kChain, words - k), k > 0, m + (f * kSub + t) * kWide);
-        }
-        for (int64_t t = 0; t < n; ++t)
-          transform_output(m + t * kWide, kSub * kWide, begin + sub + t, p);
+  // tiles [begin, begin + count) of one panel, from their v; u [kF, words, kWide]
+  void run_panel(int64_t begin, int64_t count, int64_t panel, const int32_t* u, const int32_t* v,
+                 int64_t stride, float* m) const {
+    for (int64_t sub = 0; sub < count; sub += kSub) {
+      const int64_t n = std::min(kSub, count - sub);
+      for (int f = 0; f < kF; ++f)
+        for (int64_t k = 0; k < words; k += kChain)
+          multiply_rows<T, kNative>(v + f * stride + sub * words + k, words, n,
+                                    u + (f * words + k) * kWide, std::min(kChain, words - k), k > 0,
+                                    m + f * kProducts);
+      for (int64_t t = 0; t < n; ++t)
+        transform_output(m + t * kWide, kProducts, begin + sub + t, panel);
+    }
+  }
+
+  // few tiles: V of all of them, then panel by panel the weights, which are used while in cache
+  void run_few() const {
+    const int64_t count = B * tiles, stride = plane(count);
+    const auto v = scratch<int32_t>(kF * stride);
+    const auto zeros = scratch<T>(C);
+    std::fill_n(zeros.get(), C, T{});
+    parallel_for(threads, count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t)
+        transform_input(t, zeros.get(), reinterpret_cast<T*>(v.get() + t * words), stride * kPer);
+    });
+    parallel_for(threads, panels, 1, [&](int64_t from, int64_t to) {
+      const auto tile = scratch<int32_t>(kF * kTile);
+      const auto packed = scratch<int32_t>(kF * words * kWide);
+      const auto m = scratch<float>(kF * kProducts);
+      for (int64_t p = from; p < to; ++p) {
+        pack(p, tile.get(), packed.get());
+        run_panel(0, count, p, packed.get(), v.get(), stride, m.get());
       }
+    });
   }
 
   void run() const {
     if (B == 0) return;
+    if (kF * words * 4 * B * tiles <= kFewBytes) return run_few();
     const int64_t panel_size = kF * words * kWide, blocks = (B * tiles + block - 1) / block;
     prefer_large_pages(y, static_cast<size_t>(B * H * W * kScale * kScale * O) * sizeof(T));
     const auto packed = scratch<int32_t>(panels * panel_size);
     parallel_for(threads, panels, 1, [&](int64_t from, int64_t to) {
-      const auto tile = scratch<int32_t>(kF * kWide * kLanes);
+      const auto tile = scratch<int32_t>(kF * kTile);
       for (int64_t p = from; p < to; ++p) pack(p, tile.get(), packed.get() + p * panel_size);
     });
     // few blocks: their panels are shared out too, and each share transforms the input again
     const int64_t shares = blocks >= 8 * threads ? 1 : std::min<int64_t>(panels, 4);
     parallel_for(threads, blocks * shares, 1, [&](int64_t from, int64_t to) {
-      const auto v = scratch<int32_t>(kF * block * words);
-      const auto m = scratch<float>(kF * kSub * kWide);
+      const int64_t stride = plane(block);
+      const auto v = scratch<int32_t>(kF * stride);
+      const auto m = scratch<float>(kF * kProducts);
       const auto zeros = scratch<T>(C);
       std::fill_n(zeros.get(), C, T{});
       for (int64_t unit = from; unit < to; ++unit) {
         const int64_t begin = unit / shares * block, share = unit % shares;
-        run_block(begin, std::min(block, B * tiles - begin), panels * share / shares,
-                  panels * (share + 1) / shares, packed.get(), zeros.get(), v.get(), m.get());
+        const int64_t count = std::min(block, B * tiles - begin);
+        for (int64_t t = 0; t < count; ++t)
+          transform_input(begin + t, zeros.get(), reinterpret_cast<T*>(v.get() + t * words),
+                          stride * kPer);
+        for (int64_t p = panels * share / shares; p < panels * (share + 1) / shares; ++p)
+          run_panel(begin, count, p, packed.get() + p * panel_size, v.get(), stride, m.get());
       }
     });
   }

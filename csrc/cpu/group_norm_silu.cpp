@@ -13,14 +13,16 @@
 //   moments, then again (from cache where a group fits) for y. Channels-last, a unit is a run of
 //   positions of all channels, with one accumulator per channel in L1; the runs' moments are merged
 //   in order between two parallel passes. What a unit is depends on the shape alone: equal bits for
-//   any number of threads.
-// Ladder (channels-last, 128 channels at 256px, 1 thread of Zen 5, 2026-11-25): sums in registers
-// and
+//   any number of threads. With given moments (_apply) the first half is left out;
+//   y may be x (_in_place).
+// Ladder (channels-last, 128 channels at 256px, 1 thread): Zen 5, 2026-11-25: sums in registers and
 //   large pages for new outputs, float32 19.6 -> 7.6 ms, of which 12 were the clearing of small
-//   pages; bfloat16 6.6 -> 4.9, and 4.3 with a reciprocal of 14 bits in place of a division.
-//   Backward (1 thread of Zen 4, loaded, 2026-11-30), bfloat16 4 x 128 channels at 64px: sums and
-//   parameters in registers and no division 3.16 -> 2.7 ms; 2^t by a cubic and a reciprocal of 14
-//   bits (relative error 2^-12 of the gate) 1.86.
+//   pages; bfloat16 6.6 -> 4.9, and 4.3 with a reciprocal of 14 bits in place of a division. Zen 4,
+//   2026-11-30: bfloat16 6.2 -> 4.3 ms with vcvtneps2bf16, an exponential that needs no clamping,
+//   and the values of a channel in registers; 2.3 of them are the second half. Backward (Zen 4,
+//   loaded, 2026-11-30), bfloat16 4 x 128 channels at 64px: sums and parameters in registers and no
+//   division 3.16 -> 2.7 ms; 2^t by a cubic and a reciprocal of 14 bits (relative error 2^-12 of
+//   the gate) 1.86.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -74,6 +76,8 @@ const char* backward_refusal(const Args& a) {
 }
 }  // namespace
 REFUSES(group_norm_silu, forward_refusal)
+REFUSES(group_norm_silu_apply, forward_refusal)
+REFUSES(group_norm_silu_in_place, forward_refusal)
 REFUSES(group_norm_silu_backward, backward_refusal)
 
 }  // namespace vqfast::group_norm
@@ -81,7 +85,10 @@ REFUSES(group_norm_silu_backward, backward_refusal)
 
 #define VQFAST_THIS_FILE "cpu/group_norm_silu.cpp"
 #include "foreach_isa.h"
+// clang-format off: simd.h comes first
 #include "simd.h"
+#include "rounded_store.h"
+// clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {
@@ -177,27 +184,34 @@ VQFAST_INLINE Slope slope(VF x, VF grad, const Affine& p) {
   const VF x_hat = (x - p.mean) * p.rstd, u = fma(x_hat, p.w, p.b), gate = gate_of<kCoarse>(u);
   return {x_hat, grad * gate * fma(u, 1.0f - gate, broadcast(1.0f))};
 }
-// kCoarse: relative error of 2^-13, for results of 8 bits
+// kCoarse: relative error of 2^-12, for results of 8 bits
 template <bool kCoarse>
 VQFAST_INLINE VF silu(VF u) {
 #if VQFAST_LANES == 16
   if constexpr (kCoarse) {
-    // beyond 100 the quotient is u or -0; the operands of min and max stand so that a NaN stays
-    const __m512 c =
-        _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-100.0f), (__m512)-u));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 8);
-    const VF r = fma((VF)n, broadcast(-0.693147181f), (VF)c);
-    VF p = fma(r, broadcast(4.1665796e-2f), broadcast(1.6666667e-1f));
-    p = fma(fma(fma(p, r, broadcast(0.5f)), r, broadcast(1.0f)), r, broadcast(1.0f));
-    p = (VF)_mm512_scalef_ps((__m512)p, n) + 1.0f;
+    // 2^t = 2^floor(t) p(t - floor(t)); infinities and NaN come out as by exp and a division
+    const VF t = u * -1.44269504f, f = (VF)_mm512_reduce_ps((__m512)t, 9);
+    VF p = fma(f, broadcast(0.07802452f), broadcast(0.22606717f));
+    p = fma(fma(p, f, broadcast(0.6958335f)), f, broadcast(0.9999252f));
+    p = (VF)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f;
     return u * (VF)_mm512_rcp14_ps((__m512)p);
   }
 #endif
   return u / (1.0f + vexp(-u));
 }
+// What the second half of the forward pass reads, and y.
 template <class T>
-VQFAST_INLINE VF activate(VF x, const Affine& p) {
-  return silu<std::is_same_v<T, bf16>>(fma((x - p.mean) * p.rstd, p.w, p.b));
+struct Given {
+  const T* x;
+  const std::vector<float>&w, &b;  // [C]
+  const float *mean, *rstd;        // [B, G]
+  T* y;
+};
+// y[i] = silu((x[i] - mean) * scale + shift)
+template <bool kNative, class T>
+VQFAST_INLINE void activate(const T* x, T* y, int n, VF mean, VF scale, VF shift) {
+  const VF u = fma(load_n(x, n) - mean, scale, shift);
+  store_rounded<kNative>(y, silu<std::is_same_v<T, bf16>>(u), n);
 }
 
 // ---- contiguous ---------------------------------------------------------------------------------
@@ -219,29 +233,26 @@ void add_block(const T* x, int64_t n, Moments& into) {
              reduce_add(square));
 }
 
+// a group of one sample: values [per, S]
+template <class T, bool kNative>
+void apply_contiguous(const Given<T>& g, const Shape& s, int64_t unit) {
+  for (int64_t j = 0; j < s.per(); ++j) {
+    const int64_t c = unit % s.G * s.per() + j, at = (unit * s.per() + j) * s.S;
+    const VF mean = broadcast(g.mean[unit]), scale = broadcast(g.rstd[unit] * g.w[c]);
+    vectors(s.S, [&](int64_t i, int width) {
+      activate<kNative>(g.x + at + i, g.y + at + i, width, mean, scale, broadcast(g.b[c]));
+    });
+  }
+}
+
 template <class T>
-void forward_contiguous(const Args& a, const Shape& s, const std::vector<float>& w,
-                        const std::vector<float>& b, double eps) {
-  float *mean = a.t[4].as<float>(), *rstd = a.t[5].as<float>();
-  parallel_for(a.threads, s.B * s.G, 1, [&](int64_t from, int64_t to) {
-    for (int64_t unit = from; unit < to; ++unit) {
-      const T* x = a.t[0].as<T>() + unit * s.count();
-      T* y = a.t[3].as<T>() + unit * s.count();
-      Moments m;
-      for (int64_t i = 0; i < s.count(); i += kBlock)
-        add_block(x + i, std::min(kBlock, s.count() - i), m);
-      mean[unit] = static_cast<float>(m.mean);
-      rstd[unit] = static_cast<float>(1.0 / std::sqrt(m.m2 / m.n + eps));
-      for (int64_t j = 0; j < s.per(); ++j) {
-        const int64_t c = unit % s.G * s.per() + j;
-        const Affine p{broadcast(mean[unit]), broadcast(rstd[unit]), broadcast(w[c]),
-                       broadcast(b[c])};
-        vectors(s.S, [&](int64_t i, int width) {
-          store_n(y + j * s.S + i, activate<T>(load_n(x + j * s.S + i, width), p), width);
-        });
-      }
-    }
-  });
+void moments_contiguous(const T* x, const Shape& s, int64_t unit, double eps, float* mean,
+                        float* rstd) {
+  Moments m;
+  for (int64_t i = 0; i < s.count(); i += kBlock)
+    add_block(x + unit * s.count() + i, std::min(kBlock, s.count() - i), m);
+  mean[unit] = static_cast<float>(m.mean);
+  rstd[unit] = static_cast<float>(1.0 / std::sqrt(m.m2 / m.n + eps));
 }
 
 // sums of du and du * xhat of each (sample, channel) into db and dw; then dx
@@ -362,15 +373,10 @@ std::vector<float> spread(const float* of_group, const Shape& s) {
 }
 
 template <class T>
-void forward_last(const Args& a, const Shape& s, const std::vector<float>& w,
-                  const std::vector<float>& b, double eps) {
-  const T* x = a.t[0].as<T>();
-  T* y = a.t[3].as<T>();
-  prefer_large_pages(y, static_cast<size_t>(s.B * s.S * s.C) * sizeof(T));
-  float *mean = a.t[4].as<float>(), *rstd = a.t[5].as<float>();
+void moments_last(const T* x, const Shape& s, int threads, double eps, float* mean, float* rstd) {
   const Runs runs(s);
   std::vector<Moments> parts(s.B * runs.count * s.G);
-  each_run(a.threads, s, runs, [&](int64_t sample, int64_t run, int64_t at, int64_t rows) {
+  each_run(threads, s, runs, [&](int64_t sample, int64_t run, int64_t at, int64_t rows) {
     run_moments(x + at, rows, s, &parts[(sample * runs.count + run) * s.G]);
   });
   for (int64_t i = 0; i < s.B * s.G; ++i) {
@@ -382,15 +388,35 @@ void forward_last(const Args& a, const Shape& s, const std::vector<float>& w,
     mean[i] = static_cast<float>(m.mean);
     rstd[i] = static_cast<float>(1.0 / std::sqrt(m.m2 / m.n + eps));
   }
-  each_run(a.threads, s, runs, [&](int64_t sample, int64_t, int64_t at, int64_t rows) {
-    const auto mu = spread(mean + sample * s.G, s), sigma = spread(rstd + sample * s.G, s);
-    for (int64_t r = 0; r < rows; ++r)
-      vectors(s.C, [&](int64_t c, int width) {
-        const Affine p{load_n(&mu[c], width), load_n(&sigma[c], width), load_n(&w[c], width),
-                       load_n(&b[c], width)};
-        const int64_t i = at + r * s.C + c;
-        store_n(y + i, activate<T>(load_n(x + i, width), p), width);
+}
+
+template <class T, bool kNative>
+void apply_last(const Given<T>& g, const Shape& s, int threads) {
+  constexpr int64_t kNear = 32;  // positions whose channels go block by block: they stay in L1
+  prefer_large_pages(g.y, static_cast<size_t>(s.B * s.S * s.C) * sizeof(T));
+  each_run(threads, s, Runs(s), [&](int64_t sample, int64_t, int64_t at, int64_t rows) {
+    const auto mu = spread(g.mean + sample * s.G, s);
+    auto scale = spread(g.rstd + sample * s.G, s);
+    for (int64_t c = 0; c < s.C; ++c) scale[c] *= g.w[c];
+    for (int64_t first = 0; first < rows; first += kNear) {
+      const int64_t end = std::min(rows, first + kNear);
+      channel_blocks(s.C, [&](int64_t c, int width, auto n) __attribute__((always_inline)) {
+        constexpr int kN = n;
+        VF m[kN], a[kN], b[kN];
+#pragma GCC unroll 4
+        for (int i = 0; i < kN; ++i) {
+          m[i] = load_n(&mu[c + i * kLanes], width);
+          a[i] = load_n(&scale[c + i * kLanes], width);
+          b[i] = load_n(&g.b[c + i * kLanes], width);
+        }
+        for (int64_t r = first; r < end; ++r)
+#pragma GCC unroll 4
+          for (int i = 0; i < kN; ++i) {
+            const int64_t to = at + r * s.C + c + i * kLanes;
+            activate<kNative>(g.x + to, g.y + to, width, m[i], a[i], b[i]);
+          }
       });
+    }
   });
 }
 
@@ -518,11 +544,39 @@ void backward_last(const Args& a, const Shape& s, const std::vector<float>& w,
 
 // ---- entry points -------------------------------------------------------------------------------
 
-template <class T>
-void forward(const Args& a) {
-  const Shape s = group_norm::shape_of(a.t[0], a.s[0].i);
+// x and the affine, at their places in a; the moments are found first unless they are given
+template <class T, bool kNative>
+void normalise(const Args& a, const Shape& s, const double* eps, float* mean, float* rstd, T* y) {
   const auto w = widen(a.t[1]), b = widen(a.t[2]);
-  (s.last ? forward_last<T> : forward_contiguous<T>)(a, s, w, b, a.s[1].f);
+  const Given<T> g{a.t[0].as<T>(), w, b, mean, rstd, y};
+  if (s.last) {
+    if (eps) moments_last(g.x, s, a.threads, *eps, mean, rstd);
+    return apply_last<T, kNative>(g, s, a.threads);
+  }
+  parallel_for(a.threads, s.B * s.G, 1, [&](int64_t from, int64_t to) {
+    for (int64_t unit = from; unit < to; ++unit) {
+      if (eps) moments_contiguous(g.x, s, unit, *eps, mean, rstd);
+      apply_contiguous<T, kNative>(g, s, unit);
+    }
+  });
+}
+
+template <class T, bool kNative = false>
+void forward(const Args& a) {
+  normalise<T, kNative>(a, group_norm::shape_of(a.t[0], a.s[0].i), &a.s[1].f, a.t[4].as<float>(),
+                        a.t[5].as<float>(), a.t[3].as<T>());
+}
+
+template <class T, bool kNative = false>
+void in_place(const Args& a) {
+  normalise<T, kNative>(a, group_norm::shape_of(a.t[0], a.s[0].i), &a.s[1].f, a.t[3].as<float>(),
+                        a.t[4].as<float>(), a.t[0].as<T>());
+}
+
+template <class T, bool kNative = false>
+void apply(const Args& a) {
+  normalise<T, kNative>(a, group_norm::shape_of(a.t[0], a.t[3].shape[1]), nullptr,
+                        a.t[3].as<float>(), a.t[4].as<float>(), a.t[5].as<T>());
 }
 
 template <class T>
@@ -544,7 +598,19 @@ void backward(const Args& a) {
 void run(const Args& a) {
   if (a.t[0].dtype == DType::f32) forward<float>(a);
   if (a.t[0].dtype == DType::f16) forward<f16>(a);
-  if (a.t[0].dtype == DType::bf16) forward<bf16>(a);
+  if (a.t[0].dtype == DType::bf16) (has_avx512_bf16() ? forward<bf16, true> : forward<bf16>)(a);
+}
+
+void run_in_place(const Args& a) {
+  if (a.t[0].dtype == DType::f32) in_place<float>(a);
+  if (a.t[0].dtype == DType::f16) in_place<f16>(a);
+  if (a.t[0].dtype == DType::bf16) (has_avx512_bf16() ? in_place<bf16, true> : in_place<bf16>)(a);
+}
+
+void run_apply(const Args& a) {
+  if (a.t[0].dtype == DType::f32) apply<float>(a);
+  if (a.t[0].dtype == DType::f16) apply<f16>(a);
+  if (a.t[0].dtype == DType::bf16) (has_avx512_bf16() ? apply<bf16, true> : apply<bf16>)(a);
 }
 
 void run_backward(const Args& a) {
@@ -556,6 +622,9 @@ void run_backward(const Args& a) {
 }  // namespace
 
 KERNEL(group_norm_silu, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 -> f32|f16|bf16 f32 f32", run)
+KERNEL(group_norm_silu_in_place, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 -> f32 f32", run_in_place)
+KERNEL(group_norm_silu_apply, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 f32 f32 -> f32|f16|bf16",
+       run_apply)
 KERNEL(group_norm_silu_backward,
        "f32|f16|bf16~ f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 f32 f32 -> f32|f16|bf16 f32|f16|bf16 "
        "f32|f16|bf16",

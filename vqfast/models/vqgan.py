@@ -27,11 +27,10 @@ from vqfast.errors import CheckpointError
 from vqfast.models import tiled
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.nn.attention import SpatialAttention
-from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
+from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsample
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
 from vqfast.nn.quantizers.gumbel import GumbelQuantizer
 from vqfast.nn.quantizers.vector import VectorQuantizer
-from vqfast.nn.trained_conv import Conv2d
 
 __all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig"]
 
@@ -97,8 +96,8 @@ class Encoder(nn.Module):
                 size //= 2
             self.down.append(level)
         self.mid = _middle(c, width)
-        self.norm_out = GroupNormSiLU(width)
-        self.conv_out = Conv2d(width, c.z_channels, 3, padding=1)
+        self.norm_out = GroupNormSiLU(width, in_place=True)
+        self.conv_out = Conv3x3(width, c.z_channels)
 
     def parts(self) -> Iterator[nn.Module]:
         """The layers in the order in which they run, each on the result of the one before."""
@@ -122,7 +121,7 @@ class Decoder(nn.Module):
         super().__init__()
         last = len(c.ch_mult) - 1
         width, size = c.ch * c.ch_mult[last], c.resolution // c.factor
-        self.conv_in = Conv2d(c.z_channels, width, 3, padding=1)
+        self.conv_in = Conv3x3(c.z_channels, width)
         self.mid = _middle(c, width)
         levels = []
         for i in range(last, -1, -1):
@@ -134,7 +133,7 @@ class Decoder(nn.Module):
                 size *= 2
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = GroupNormSiLU(width)
+        self.norm_out = GroupNormSiLU(width, in_place=True)
         self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
 
     def parts(self) -> Iterator[nn.Module]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqfast.nn.trained_conv import Conv2d
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
-from vqfast.ops import conv3x3, group_norm_silu
+from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu, group_norm_silu_in_place
 
 GROUPS = 32
 # torch's default is 1e-5; every released checkpoint was trained with this one
@@ -32,17 +32,21 @@ class GroupNormSiLU(nn.GroupNorm):
 
     Args:
         channels: C of x [B, C, ...], a multiple of 32.
+        in_place: nobody reads x again, so that without gradients on a CPU the result may be in it.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, in_place: bool = False) -> None:
         super().__init__(GROUPS, channels, eps=EPS)
+        self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_place and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return group_norm_silu_in_place(x, self.weight, self.bias, self.num_groups, self.eps)
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 def _by_op(x: Tensor, conv: nn.Conv2d) -> bool:
-    """`ops.conv3x3` computes this convolution: on a CPU, without gradients and autocast."""
+    """An op computes this convolution: on a CPU, without gradients and autocast."""
     right = x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
     free = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and right and free
@@ -79,7 +83,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNormSiLU(in_channels)
         self.conv1 = Conv3x3(in_channels, out_channels)
-        self.norm2 = GroupNormSiLU(out_channels)
+        self.norm2 = GroupNormSiLU(out_channels, in_place=True)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
         changes = in_channels != out_channels
@@ -97,7 +101,8 @@ class Downsample(nn.Module):
     """[B, C, H, W] -> [B, C, H/2, W/2] by a 3x3 convolution of stride 2.
 
     One row and column of zeros at the bottom and the right only: symmetric padding would shift
-    every feature by half a cell and no released checkpoint would fit.
+    every feature by half a cell and no released checkpoint would fit. On a CPU without gradients
+    it is `ops.conv3x3_down`, which needs no padded copy.
     """
 
     def __init__(self, channels: int) -> None:
@@ -105,6 +110,8 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _by_op(x, self.conv):
+            return conv3x3_down(x, self.conv.weight, self.conv.bias)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 

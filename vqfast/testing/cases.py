@@ -82,18 +82,28 @@ CASES: tuple[Case, ...] = (
     _case("full_attention", "edge_t0", "edge", B=2, H=2, T=0, d=16),
     _case("full_attention", "edge_primes", "edge", B=1, H=3, T=37, d=59),
     # ---- group norm + SiLU
-    _case("group_norm_silu", "vqgan_256px", "bench", B=1, C=128, H=256, W=256, groups=32),
-    _case("group_norm_silu", "vqgan_64px", "bench", B=4, C=256, H=64, W=64, groups=32),
-    _case("group_norm_silu", "vqgan_16px", "bench", B=8, C=512, H=16, W=16, groups=32),
-    _case("group_norm_silu", "smoke", "smoke", B=2, C=64, H=9, W=7, groups=32),
-    _case("group_norm_silu", "edge_one_pixel", "edge", B=3, C=32, H=1, W=1, groups=8),
-    _case("group_norm_silu", "edge_primes", "edge", B=1, C=39, H=5, W=11, groups=13),
-    _case("group_norm_silu", "edge_b0", "edge", B=0, C=32, H=2, W=2, groups=32),
-    # ---- 3x3 convolution (the kernel takes 1024 positions of y and 32 channels, or more)
+    *(
+        _case(op, id, tags, B=B, C=C, H=H, W=W, groups=groups)
+        for op in ("group_norm_silu", "group_norm_silu_apply", "group_norm_silu_in_place")
+        for id, tags, B, C, H, W, groups in (
+            ("vqgan_256px", "bench", 1, 128, 256, 256, 32),
+            ("vqgan_64px", "bench", 4, 256, 64, 64, 32),
+            ("vqgan_16px", "bench", 8, 512, 16, 16, 32),
+            ("smoke", "smoke", 2, 64, 9, 7, 32),
+            ("edge_one_pixel", "edge", 3, 32, 1, 1, 8),
+            ("edge_primes", "edge", 1, 39, 5, 11, 13),
+            ("edge_b0", "edge", 0, 32, 2, 2, 32),
+        )
+    ),
+    # ---- 3x3 convolution (the kernel takes 64 positions of y and 32 channels, or more)
     _case("conv3x3", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
     _case("conv3x3", "vqgan_128px", "bench", B=1, C=256, O=256, H=128, W=128),
     _case("conv3x3", "vqgan_32px", "bench", B=4, C=512, O=256, H=32, W=32),
     _case("conv3x3", "vqgan_up", "bench", B=1, C=128, O=128, H=128, W=128, scale=2),
+    _case("conv3x3", "vqgan_16px", "bench", B=1, C=512, O=512, H=16, W=16),
+    _case("conv3x3", "smoke_few", "smoke", B=2, C=130, O=131, H=8, W=9, residual=1),
+    _case("conv3x3", "edge_few_doubled", "edge", B=1, C=131, O=130, H=13, W=2, scale=2),
+    _case("conv3x3", "edge_one_column", "edge", B=1, C=259, O=128, H=67, W=1),
     _case("conv3x3", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
     _case("conv3x3", "smoke_residual", "smoke", B=1, C=40, O=36, H=33, W=32, residual=1),
     _case("conv3x3", "smoke_doubled", "smoke", B=2, C=35, O=40, H=17, W=16, scale=2),
@@ -103,6 +113,13 @@ CASES: tuple[Case, ...] = (
     _case("conv3x3", "edge_doubled", "edge", B=1, C=33, O=67, H=1, W=257, scale=2, residual=1),
     _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
     _case("conv3x3", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
+    _case("conv3x3_down", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
+    _case("conv3x3_down", "vqgan_32px", "bench", B=4, C=256, O=256, H=32, W=32),
+    _case("conv3x3_down", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
+    _case("conv3x3_down", "edge_odd", "edge", B=1, C=37, O=67, H=35, W=53),
+    _case("conv3x3_down", "edge_wide", "edge", B=3, C=150, O=129, H=18, W=15),
+    _case("conv3x3_down", "edge_one_row", "edge", B=1, C=33, O=35, H=3, W=517),
+    _case("conv3x3_down", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
     *(
         _case("conv3x3_weight", id, tags, B=B, C=C, O=outs, H=H, W=W)
         for id, tags, B, C, outs, H, W in (

@@ -1,0 +1,82 @@
+// What convolutions by Winograd share: the products between their transforms. No include guard: a
+// kernel file includes it once per instruction set, after simd.h and dot.h.
+//
+// A word is 4 bytes of channels: one of float32, two of bfloat16 (0 for a second one that does not
+// exist). Rows are tiles of the input, columns are outputs; kNative: has_avx512_bf16() in kernel.h.
+
+namespace vqfast::VQFAST_ISA {
+namespace {
+
+constexpr int kWide = 2 * kLanes;             // outputs of a register tile
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
+constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
+
+// [kLanes, kLanes] words -> transposed, n rows of it, kWide apart
+inline void transpose(const int32_t* from, int64_t n, int32_t* to) {
+  VI rows[kLanes], lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = load_int(from + i * kLanes);
+#pragma GCC unroll 4
+  for (int d = 1; d < kLanes; d *= 2) {
+    // lanes d and more from the other row; kLanes + i is lane i of the second operand
+    const VI low = (lane & d) ? lane - d + kLanes : lane,
+             high = (lane & d) ? lane + kLanes : lane + d;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & d)) {
+        const VI a = rows[i], b = rows[i + d];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + d] = __builtin_shuffle(a, b, high);
+      }
+  }
+  for (int i = 0; i < n; ++i) __builtin_memcpy(to + i * kWide, &rows[i], sizeof(VI));
+}
+
+// m [kR, kWide] = v [kR, n of words] u [n, kWide], or += if add. Every loop over the rows is
+// unrolled by hand, the first one too: one that is not keeps the sums in memory.
+template <class T, bool kNative, int kR>
+__attribute__((noinline)) void multiply(const int32_t* v, int64_t words, const int32_t* u,
+                                        int64_t n, bool add, float* m) {
+  VF low[kR], high[kR];
+#pragma GCC unroll 12
+  for (int r = 0; r < kR; ++r) low[r] = high[r] = VF{};
+  for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
+    const VI u0 = load_int(u), u1 = load_int(u + kLanes);
+    const int32_t* row = v;
+#pragma GCC unroll 12
+    for (int r = 0; r < kR; ++r, row += words) {
+      const VI each = every_lane(row);
+      if constexpr (sizeof(T) == 2) {
+        low[r] = dot2<kNative>(low[r], u0, each);
+        high[r] = dot2<kNative>(high[r], u1, each);
+      } else {
+        low[r] = fma((VF)each, (VF)u0, low[r]);
+        high[r] = fma((VF)each, (VF)u1, high[r]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kR; ++r) {
+    float* to = m + r * kWide;
+    store(to, add ? load(to) + low[r] : low[r]);
+    store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
+  }
+}
+
+// the same for any number of rows; what v holds in rows past `rows` is computed, never stored
+template <class T, bool kNative>
+void multiply_rows(const int32_t* v, int64_t words, int64_t rows, const int32_t* u, int64_t n,
+                   bool add, float* m) {
+  for (int64_t t = 0; t < rows; t += kRows, v += kRows * words, m += kRows * kWide) {
+    if (rows - t <= kRows / 3)
+      multiply<T, kNative, kRows / 3>(v, words, u, n, add, m);
+    else if (rows - t <= kRows / 3 * 2)
+      multiply<T, kNative, kRows / 3 * 2>(v, words, u, n, add, m);
+    else
+      multiply<T, kNative, kRows>(v, words, u, n, add, m);
+  }
+}
+
+}  // namespace
+}  // namespace vqfast::VQFAST_ISA
