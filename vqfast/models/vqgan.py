@@ -104,7 +104,7 @@ class Encoder(nn.Module):
                 h = part(h)
         for part in self.mid.values():
             h = part(h)
-        return self.conv_out(self.norm_out(h, in_place=True))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for part in level.parts():
                 h = part(h)
-        return self.conv_out(self.norm_out(h, in_place=True))
+        return self.conv_out(self.norm_out(h))
 
 
 def _quantizer(c: VQGANConfig) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
-from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu, group_norm_silu_in_place
+from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu
 
 GROUPS = 32
 # torch's default is 1e-5; every released checkpoint was trained with this one
@@ -36,10 +36,7 @@ class GroupNormSiLU(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, eps=EPS)
 
-    def forward(self, x: Tensor, in_place: bool = False) -> Tensor:
-        """`in_place`: nobody reads x again; without gradients on a CPU the result may be in it."""
-        if in_place and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return group_norm_silu_in_place(x, self.weight, self.bias, self.num_groups, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
@@ -92,7 +89,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # one expression: a name for the middle would keep it alive through the second convolution
         return self.conv2(
-            self.dropout(self.norm2(self.conv1(self.norm1(x)), in_place=True)),  # [B, C', H, W]
+            self.dropout(self.norm2(self.conv1(self.norm1(x)))),  # [B, C', H, W]
             x if self.nin_shortcut is None else self.nin_shortcut(x),
         )
 
