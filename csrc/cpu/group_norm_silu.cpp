@@ -13,8 +13,7 @@
 //   moments, then again (from cache where a group fits) for y. Channels-last, a unit is a run of
 //   positions of all channels, with one accumulator per channel in L1; the runs' moments are merged
 //   in order between two parallel passes. What a unit is depends on the shape alone: equal bits for
-//   any number of threads. With given moments (_apply) the first half is left out;
-//   y may be x (_in_place).
+//   any number of threads. With given moments (_apply) the first half is left out.
 // Ladder (channels-last, 128 channels at 256px, 1 thread): Zen 5, 2026-11-25: sums in registers and
 //   large pages for new outputs, float32 19.6 -> 7.6 ms, of which 12 were the clearing of small
 //   pages; bfloat16 6.6 -> 4.9, and 4.3 with a reciprocal of 14 bits in place of a division. Zen 4,
@@ -77,7 +76,6 @@ const char* backward_refusal(const Args& a) {
 }  // namespace
 REFUSES(group_norm_silu, forward_refusal)
 REFUSES(group_norm_silu_apply, forward_refusal)
-REFUSES(group_norm_silu_in_place, forward_refusal)
 REFUSES(group_norm_silu_backward, backward_refusal)
 
 }  // namespace vqfast::group_norm
@@ -568,12 +566,6 @@ void forward(const Args& a) {
 }
 
 template <class T, bool kNative = false>
-void in_place(const Args& a) {
-  normalise<T, kNative>(a, group_norm::shape_of(a.t[0], a.s[0].i), &a.s[1].f, a.t[3].as<float>(),
-                        a.t[4].as<float>(), a.t[0].as<T>());
-}
-
-template <class T, bool kNative = false>
 void apply(const Args& a) {
   normalise<T, kNative>(a, group_norm::shape_of(a.t[0], a.t[3].shape[1]), nullptr,
                         a.t[3].as<float>(), a.t[4].as<float>(), a.t[5].as<T>());
@@ -601,12 +593,6 @@ void run(const Args& a) {
   if (a.t[0].dtype == DType::bf16) (has_avx512_bf16() ? forward<bf16, true> : forward<bf16>)(a);
 }
 
-void run_in_place(const Args& a) {
-  if (a.t[0].dtype == DType::f32) in_place<float>(a);
-  if (a.t[0].dtype == DType::f16) in_place<f16>(a);
-  if (a.t[0].dtype == DType::bf16) (has_avx512_bf16() ? in_place<bf16, true> : in_place<bf16>)(a);
-}
-
 void run_apply(const Args& a) {
   if (a.t[0].dtype == DType::f32) apply<float>(a);
   if (a.t[0].dtype == DType::f16) apply<f16>(a);
@@ -622,7 +608,6 @@ void run_backward(const Args& a) {
 }  // namespace
 
 KERNEL(group_norm_silu, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 -> f32|f16|bf16 f32 f32", run)
-KERNEL(group_norm_silu_in_place, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 -> f32 f32", run_in_place)
 KERNEL(group_norm_silu_apply, "f32|f16|bf16~ f32|f16|bf16 f32|f16|bf16 f32 f32 -> f32|f16|bf16",
        run_apply)
 KERNEL(group_norm_silu_backward,

@@ -96,7 +96,7 @@ class Encoder(nn.Module):
                 size //= 2
             self.down.append(level)
         self.mid = _middle(c, width)
-        self.norm_out = GroupNormSiLU(width, in_place=True)
+        self.norm_out = GroupNormSiLU(width)
         self.conv_out = Conv3x3(width, c.z_channels)
 
     def parts(self) -> Iterator[nn.Module]:
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
                 size *= 2
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = GroupNormSiLU(width, in_place=True)
+        self.norm_out = GroupNormSiLU(width)
         self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
 
     def parts(self) -> Iterator[nn.Module]:

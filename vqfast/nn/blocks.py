@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqfast.nn.trained_conv import Conv2d
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
-from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu, group_norm_silu_in_place
+from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu
 
 GROUPS = 32
 # torch's default is 1e-5; every released checkpoint was trained with this one
@@ -32,16 +32,12 @@ class GroupNormSiLU(nn.GroupNorm):
 
     Args:
         channels: C of x [B, C, ...], a multiple of 32.
-        in_place: nobody reads x again, so that without gradients on a CPU the result may be in it.
     """
 
-    def __init__(self, channels: int, in_place: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, eps=EPS)
-        self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_place and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return group_norm_silu_in_place(x, self.weight, self.bias, self.num_groups, self.eps)
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
@@ -83,7 +79,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNormSiLU(in_channels)
         self.conv1 = Conv3x3(in_channels, out_channels)
-        self.norm2 = GroupNormSiLU(out_channels, in_place=True)
+        self.norm2 = GroupNormSiLU(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
         changes = in_channels != out_channels

@@ -84,7 +84,7 @@ CASES: tuple[Case, ...] = (
     # ---- group norm + SiLU
     *(
         _case(op, id, tags, B=B, C=C, H=H, W=W, groups=groups)
-        for op in ("group_norm_silu", "group_norm_silu_apply", "group_norm_silu_in_place")
+        for op in ("group_norm_silu", "group_norm_silu_apply")
         for id, tags, B, C, H, W, groups in (
             ("vqgan_256px", "bench", 1, 128, 256, 256, 32),
             ("vqgan_64px", "bench", 4, 256, 64, 64, 32),
