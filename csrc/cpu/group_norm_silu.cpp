@@ -86,6 +86,7 @@ REFUSES(group_norm_silu_backward, backward_refusal)
 // clang-format off: simd.h comes first
 #include "simd.h"
 #include "rounded_store.h"
+#include "silu.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -101,7 +102,6 @@ VQFAST_INLINE VI lanes_below(int n) {
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   return lane < n;
 }
-VQFAST_INLINE VF sigmoid(VF u) { return 1.0f / (1.0f + vexp(-u)); }
 
 // f(offset, width) for whole vectors and then the rest of [0, n)
 template <class F>
@@ -140,35 +140,6 @@ void narrow(const std::vector<double>& from, const View& v) {
   }
 }
 
-// sigmoid(u) for the backward pass; with AVX-512 without a division, error of 2 eps, or of 2^-12 if
-// kCoarse, for gradients of 8 bits
-template <bool kCoarse>
-VQFAST_INLINE VF gate_of(VF u) {
-#if VQFAST_LANES == 16
-  if constexpr (kCoarse) {
-    // 2^t = 2^floor(t) p(t - floor(t))
-    const VF t = u * -1.44269504f, f = (VF)_mm512_reduce_ps((__m512)t, 9);
-    VF p = fma(f, broadcast(0.07802452f), broadcast(0.22606717f));
-    p = fma(fma(p, f, broadcast(0.6958335f)), f, broadcast(0.9999252f));
-    return (VF)_mm512_rcp14_ps((__m512)((VF)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f));
-  }
-  // beyond 80 the quotient stays finite; the operands of min and max stand so that a NaN stays
-  const __m512 c =
-      _mm512_min_ps(_mm512_set1_ps(80.0f), _mm512_max_ps(_mm512_set1_ps(-80.0f), (__m512)-u));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 8);
-  VF r = fma((VF)n, broadcast(-0.693359375f), (VF)c);
-  r = fma((VF)n, broadcast(2.12194440e-4f), r);
-  VF p = fma(r, broadcast(1.3888889e-3f), broadcast(8.3334519e-3f));
-  p = fma(fma(p, r, broadcast(4.1665796e-2f)), r, broadcast(1.6666667e-1f));
-  p = fma(fma(fma(p, r, broadcast(0.5f)), r, broadcast(1.0f)), r, broadcast(1.0f));
-  p = (VF)_mm512_scalef_ps((__m512)p, n) + 1.0f;
-  const VF near = (VF)_mm512_rcp14_ps((__m512)p);
-  return near * fma(-p, near, broadcast(2.0f));
-#else
-  return sigmoid(u);
-#endif
-}
-
 // What one value needs; vectors of equal entries (contiguous) or one entry per channel (channels
 // last).
 struct Affine {
@@ -179,23 +150,8 @@ struct Slope {
 };
 template <bool kCoarse>
 VQFAST_INLINE Slope slope(VF x, VF grad, const Affine& p) {
-  const VF x_hat = (x - p.mean) * p.rstd, u = fma(x_hat, p.w, p.b), gate = gate_of<kCoarse>(u);
+  const VF x_hat = (x - p.mean) * p.rstd, u = fma(x_hat, p.w, p.b), gate = sigmoid<kCoarse>(u);
   return {x_hat, grad * gate * fma(u, 1.0f - gate, broadcast(1.0f))};
-}
-// kCoarse: relative error of 2^-12, for results of 8 bits
-template <bool kCoarse>
-VQFAST_INLINE VF silu(VF u) {
-#if VQFAST_LANES == 16
-  if constexpr (kCoarse) {
-    // 2^t = 2^floor(t) p(t - floor(t)); infinities and NaN come out as by exp and a division
-    const VF t = u * -1.44269504f, f = (VF)_mm512_reduce_ps((__m512)t, 9);
-    VF p = fma(f, broadcast(0.07802452f), broadcast(0.22606717f));
-    p = fma(fma(p, f, broadcast(0.6958335f)), f, broadcast(0.9999252f));
-    p = (VF)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f;
-    return u * (VF)_mm512_rcp14_ps((__m512)p);
-  }
-#endif
-  return u / (1.0f + vexp(-u));
 }
 // What the second half of the forward pass reads, and y.
 template <class T>

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
+from vqfast.ops import group_norm_silu_apply
 
 Bands = list[Tensor]  # one band of each map
 Stream = Callable[[Bands, bool], Bands]  # the flag: these are the last ones
@@ -126,23 +127,20 @@ class Normalise:
 
     def __init__(self, norm: nn.GroupNorm, moments: Moments, dtype: torch.dtype) -> None:
         assert moments.mean is not None and moments.squares is not None
-        self._silu = isinstance(norm, GroupNormSiLU)
+        self._norm, self._silu = norm, isinstance(norm, GroupNormSiLU)
         wide = torch.promote_types(dtype, torch.float32)
-        rstd = (moments.squares / moments.count + norm.eps).rsqrt()  # [groups]
-        each = norm.num_channels // norm.num_groups
-        mean, rstd = (t.repeat_interleave(each) for t in (moments.mean, rstd))  # [C]
-        weight, bias = norm.weight.double() * rstd, norm.bias.double()
-        # a float32 mean: its rounding goes into the bias
-        self._mean = mean.to(wide)
-        self._weight = weight.to(wide)
-        self._bias = (bias - (mean - self._mean) * weight).to(wide)
+        rstd = (moments.squares / moments.count + norm.eps).rsqrt()
+        self._mean, self._rstd = (t.to(wide)[None] for t in (moments.mean, rstd))  # [1, groups]
 
     def __call__(self, band: Tensor) -> Tensor:
         """band [1, C, n, W] -> the same shape, dtype and layout, in memory of its own."""
-        rows = band.movedim(1, -1) - self._mean  # [1, n, W, C]
-        rows = rows.mul_(self._weight).add_(self._bias)
+        weight, bias = self._norm.weight, self._norm.bias
         if self._silu:
-            rows = F.silu(rows, inplace=True)
+            return group_norm_silu_apply(band, weight, bias, self._mean, self._rstd)
+        each = self._norm.num_channels // self._norm.num_groups
+        mean, rstd = (t[0].repeat_interleave(each) for t in (self._mean, self._rstd))  # [C]
+        rows = band.movedim(1, -1) - mean  # [1, n, W, C]
+        rows = torch.addcmul(bias.to(rows.dtype), rows, weight * rstd)
         return rows.to(band.dtype).movedim(-1, 1)
 
 

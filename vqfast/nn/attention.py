@@ -34,7 +34,8 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v over positions; every position sees every other.
 
     Args:
-        q, k, v: [B, C, h, w] floating point; channels_last costs no copy.
+        q: [B, C, h, w] floating point; channels_last costs no copy.
+        k, v: likewise, perhaps of more rows (`models.tiled` takes q by bands).
 
     Returns:
         [B, C, h, w] like q. The h·w x h·w matrix of weights is never held.
@@ -42,7 +43,8 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, C, h, w = q.shape
     q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))  # [B, 1, h·w, C]
     # scale 1/sqrt(C): one head over all channels
-    if q.device.type == "cpu" and h * w >= OURS_FROM.get(q.dtype, h * w + 1) and C <= WIDEST:
+    ours = q.shape == k.shape and h * w >= OURS_FROM.get(q.dtype, h * w + 1) and C <= WIDEST
+    if ours and q.device.type == "cpu":
         out = full_attention(*(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)))
     else:
         out = F.scaled_dot_product_attention(q, k, v)
