@@ -152,8 +152,5 @@ class Plans:
 
     def _attention(self, k: int, band: int) -> int:
         """Keys and values of all positions, and what the queries of a band take."""
-        C, H, W = self.shapes[k][0]
         work = _ALIVE * self.rows(k, band) * self.row_bytes(k)
-        # 2-byte types: weights of some hundred queries are held, here and in `nn.attention`
-        scores = 3 * 256 * H * W * self._itemsize if self._itemsize == 2 else 0
-        return 2 * self._bytes[k] + work + scores
+        return 2 * self._bytes[k] + work
