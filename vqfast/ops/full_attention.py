@@ -16,29 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast import _check
 from vqfast._dispatch import Op
+from vqfast.ops._attention import outputs, outputs_backward, sample_inputs, validate, wide
 
 _CHUNK = 1 << 22  # scores that the reference holds at a time
-
-
-def _validate(q: Any, k: Any, v: Any, scale: Any) -> float:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check.floating(name, x)
-    for name, x in (("k", k), ("v", v)):
-        _check.same_dtype(name, x, "q", q)
-    _check.ndim("q", q, 4)
-    for name, x in (("k", k), ("v", v)):
-        _check.same_device(name, x, "q", q)
-        _check.shape(name, x, q.shape, "like q")
-    if q.shape[-1] == 0:
-        raise ValueError(f"q must be [B, H, T, d] with d >= 1, got {list(q.shape)}")
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else _check.number("scale", scale)
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """float32, or float64 where it came so."""
-    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
 def _row_chunks(q: Tensor) -> Iterator[slice]:
@@ -61,25 +42,20 @@ def _attend(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, k, v, scale)
-    q, k, v = _wide(q, k, v)  # [B, H, T, d]
+    out, lse = outputs(q, k, v, scale)
+    q, k, v = wide(q, k, v)  # [B, H, T, d]
     for rows in _row_chunks(q):
         weights, lse[:, :, rows] = _attend(q[:, :, rows], k, scale)
         out[:, :, rows] = (weights @ v).to(out.dtype)  # [B, H, rows, d]
     return out, lse
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
 def _reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     # out and lse spare a kernel the normalisation; here it is done again, which is more accurate
-    grads = _outputs_backward(grad, q, k, v, out, lse, scale)
-    grad, q, k, v = _wide(grad, q, k, v)  # [B, H, T, d]
+    grads = outputs_backward(grad, q, k, v, out, lse, scale)
+    grad, q, k, v = wide(grad, q, k, v)  # [B, H, T, d]
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in _row_chunks(q):
         weights, _ = _attend(q[:, :, rows], k, scale)  # [B, H, rows, T]
@@ -95,22 +71,16 @@ def _reference_backward(
     return grads
 
 
-def _outputs_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 _OP = Op(
     "full_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
     reference=_reference,
-    outputs=_outputs,
+    outputs=outputs,
 )
 _BACKWARD = Op(
     "full_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " float scale) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
-    outputs=_outputs_backward,
+    outputs=outputs_backward,
 )
 
 
@@ -155,15 +125,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     Cost: 4·B·H·T²·d flops, 2.5 times that backward; extra memory grows with T, never with T².
     Source: arXiv:1706.03762 section 3.2.1.
     """
-    return _FullAttention.apply(q, k, v, _validate(q, k, v, scale))
-
-
-def sample_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
-    """Inputs of the raw op for a case with shape B, H, T, d."""
-    g = torch.Generator().manual_seed(0)
-    size = [case.shape[n] for n in "BHTd"]
-    q, k, v = (torch.randn(size, generator=g).to(device, dtype) for _ in range(3))
-    return q, k, v, 1 / math.sqrt(size[-1])
+    return _FullAttention.apply(q, k, v, validate(q, k, v, scale))
 
 
 def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
