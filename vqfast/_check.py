@@ -63,6 +63,25 @@ def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name} must have the dtype of {other_name} ({expected}), got {got}")
 
 
+def same_or_wide(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """x has the dtype of other, or is float32 beside bfloat16, as the weights of autocast."""
+    if (x.dtype, other.dtype) != (torch.float32, torch.bfloat16):
+        same_dtype(name, x, other_name, other)
+
+
+def wide_result(dtype: torch.dtype | None, x: Tensor) -> bool:
+    """Whether a result for x is asked for in float32 beside bfloat16; else `dtype` is that of x or
+    None.
+    """
+    if dtype in (None, x.dtype):
+        return False
+    if (dtype, x.dtype) != (torch.float32, torch.bfloat16):
+        raise TypeError(
+            f"dtype must be {_dtype_name(x.dtype)}, or float32 for bfloat16, got {dtype}"
+        )
+    return True
+
+
 def number(
     name: str,
     x: Any,

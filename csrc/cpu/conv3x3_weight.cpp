@@ -1,7 +1,7 @@
 // Computes: dw[o, p, q, c] = sum_{b, i, j} g[b, i, j, o] x[b, i + p - 1, j + q - 1, c] (x zero
 //   outside) and db[o] = sum_{b, i, j} g[b, i, j, o]: the gradients of weight and bias of a 3x3
 //   convolution of stride 1 and padding 1. x [B, H, W, C], g [B, H, W, O], dw [O, 3, 3, C], db [O],
-//   all contiguous and of one type.
+//   all contiguous; x and g of one type, dw and db of it or float32.
 //
 // Contract: any H, W, C, O; small problems are refused, as the transforms would not pay.
 //
@@ -85,16 +85,16 @@ struct Corner {  // of a tile: its image, and the first row and column of its 2x
       : image(tile / s.tiles), row(tile % s.tiles / s.across * 2), column(tile % s.across * 2) {}
 };
 
-// kNative: vdpbf16ps and its rounding are there
-template <class T, bool kNative>
+// To: of dw and db; kNative: vdpbf16ps and its rounding are there
+template <class T, class To, bool kNative>
 struct Gradient {
   static constexpr int kPer = 4 / sizeof(T);  // tiles to a word
   Shape s;
   const T *x, *g;
-  T *dw, *db;
+  To *dw, *db;
 
   explicit Gradient(const Args& a)
-      : s(a), x(a.t[0].as<T>()), g(a.t[1].as<T>()), dw(a.t[2].as<T>()), db(a.t[3].as<T>()) {}
+      : s(a), x(a.t[0].as<T>()), g(a.t[1].as<T>()), dw(a.t[2].as<To>()), db(a.t[3].as<To>()) {}
 
   // the same value of the tiles of a word
   VQFAST_INLINE static void put(int32_t* to, VF (&of)[kPer][16], int i) {
@@ -233,7 +233,7 @@ struct Gradient {
         t[1][j] = (d[1] - d[2]) * 0.5f;
         t[2][j] = (d[1] + d[2]) * 0.5f + d[3];
       }
-      T out[9][kLanes];
+      To out[9][kLanes];
       for (int i = 0; i < 3; ++i) {
         store(out[i * 3], t[i][0] + (t[i][1] + t[i][2]) * 0.5f);
         store(out[i * 3 + 1], (t[i][1] - t[i][2]) * 0.5f);
@@ -277,7 +277,7 @@ struct Gradient {
       if (first > 0) continue;
       const float* b = bias.data() + (p - from) * kPanel;
       for (int64_t o = p * kPanel; o < std::min(s.O, (p + 1) * kPanel); ++o)
-        db[o] = from_float<T>(b[o - p * kPanel]);
+        db[o] = from_float<To>(b[o - p * kPanel]);
     }
   }
 
@@ -293,12 +293,18 @@ struct Gradient {
   }
 };
 
+template <class T, bool kNative>
+void run_gradient(const Args& a) {
+  if (a.t[2].dtype == DType::f32) return Gradient<T, float, kNative>(a).run(a.threads);
+  if constexpr (sizeof(T) == 2) Gradient<T, T, kNative>(a).run(a.threads);
+}
+
 void run(const Args& a) {
-  if (a.t[0].dtype == DType::f32) return Gradient<float, false>(a).run(a.threads);
+  if (a.t[0].dtype == DType::f32) return run_gradient<float, false>(a);
 #if VQFAST_LANES == 16
-  if (has_avx512_bf16()) return Gradient<bf16, true>(a).run(a.threads);
+  if (has_avx512_bf16()) return run_gradient<bf16, true>(a);
 #endif
-  Gradient<bf16, false>(a).run(a.threads);
+  run_gradient<bf16, false>(a);
 }
 
 }  // namespace

@@ -40,9 +40,11 @@ class _Winograd(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        rounded = weight.to(x.dtype)
+        ctx.save_for_backward(x, rounded)
+        ctx.dtype = weight.dtype
         # detached: callers add to the result in place, which autograd forbids on a view
-        return _conv(x, weight, bias, residual).detach()
+        return _conv(x, rounded, bias.to(x.dtype), residual).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -53,7 +55,7 @@ class _Winograd(torch.autograd.Function):
             turned = weight.flip(2, 3).transpose(0, 1)
             dx = _conv(grad, turned, grad.new_zeros(x.shape[1]))
         if any(ctx.needs_input_grad[1:3]):
-            dw, db = conv3x3_weight(x, grad)
+            dw, db = conv3x3_weight(x, grad, dtype=ctx.dtype)
         return dx, dw, db, grad if ctx.needs_input_grad[3] else None
 
 
@@ -77,13 +79,15 @@ def trained_conv3x3(
     Numerics: the maximum error stays within twice that of torch's convolution, that of gradients
         within three times.
     """
-    x, weight, bias = as_autocast(x, weight, bias)
-    many = x.shape[0] * x.shape[2] * x.shape[3] >= _LEAST_POSITIONS
-    right = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    if many and right and x.device.type == "cpu" and min(weight.shape[:2]) >= _LEAST_CHANNELS:
-        same = residual is not None and residual.dtype == x.dtype
-        y = _Winograd.apply(x, weight, bias, residual if same else None)
-        return y if same or residual is None else y.add_(residual)
+    if x.dim() == 4 and x.shape[0] * x.shape[2] * x.shape[3] >= _LEAST_POSITIONS:
+        (given,) = as_autocast(x)
+        own = weight.dtype in (given.dtype, torch.float32)
+        right = given.dtype in (torch.float32, torch.bfloat16) and own
+        if right and x.device.type == "cpu" and min(weight.shape[:2]) >= _LEAST_CHANNELS:
+            same = residual is not None and residual.dtype == given.dtype
+            with torch.autocast("cpu", enabled=False):
+                y = _Winograd.apply(given, weight, bias, residual if same else None)
+            return y if same or residual is None else y.add_(residual)
     y = trained_conv(x, weight, bias, padding=1)
     # in place: no backward pass needs the output of a convolution
     return y if residual is None else y.add_(residual)

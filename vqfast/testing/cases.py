@@ -95,6 +95,25 @@ CASES: tuple[Case, ...] = (
             ("edge_b0", "edge", 0, 32, 2, 2, 32),
         )
     ),
+    # ---- convolution on few positions (the kernels take 1024 of y, and 16 channels or more)
+    *(
+        _case(op, id, tags, B=B, C=C, O=outs, H=H, W=W, k=k, stride=s, padding=d, **more)
+        for op in ("conv_few", "conv_few_input", "conv_few_weight")
+        for id, tags, B, C, outs, H, W, k, s, d, more in (
+            ("vqgan_4px", "bench", 4, 512, 512, 4, 4, 3, 1, 1, {"wide": 1}),
+            ("vqgan_8px", "bench", 4, 256, 256, 8, 8, 3, 1, 1, {"wide": 1}),
+            ("vqgan_16px", "bench", 1, 512, 512, 16, 16, 3, 1, 1, {}),
+            ("patchgan_7px", "bench", 4, 256, 512, 8, 8, 4, 1, 1, {"wide": 1}),
+            ("smoke", "smoke", 2, 32, 48, 8, 9, 3, 1, 1, {}),
+            ("smoke_wide", "smoke", 2, 48, 32, 7, 10, 3, 2, 0, {"wide": 1}),
+            ("smoke_patch", "smoke", 1, 33, 65, 9, 8, 4, 2, 1, {"wide": 1, "bias": 0}),
+            ("edge_odd", "edge", 3, 37, 67, 5, 3, 3, 1, 1, {}),
+            ("edge_1x1", "edge", 1, 131, 35, 31, 33, 1, 1, 0, {"wide": 1}),
+            ("edge_one_position", "edge", 1, 16, 16, 1, 1, 3, 1, 1, {}),
+            ("edge_far_padding", "edge", 2, 17, 19, 2, 3, 2, 3, 4, {"bias": 0}),
+            ("edge_b0", "edge", 0, 32, 32, 4, 4, 3, 1, 1, {}),
+        )
+    ),
     # ---- 3x3 convolution (the kernel takes 64 positions of y and 32 channels, or more)
     _case("conv3x3", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
     _case("conv3x3", "vqgan_128px", "bench", B=1, C=256, O=256, H=128, W=128),
@@ -121,16 +140,16 @@ CASES: tuple[Case, ...] = (
     _case("conv3x3_down", "edge_one_row", "edge", B=1, C=33, O=35, H=3, W=517),
     _case("conv3x3_down", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
     *(
-        _case("conv3x3_weight", id, tags, B=B, C=C, O=outs, H=H, W=W)
-        for id, tags, B, C, outs, H, W in (
-            ("vqgan_256px", "bench", 1, 128, 128, 256, 256),
-            ("vqgan_64px", "bench", 4, 128, 128, 64, 64),
-            ("vqgan_32px", "bench", 4, 512, 256, 32, 32),
-            ("smoke", "smoke", 2, 64, 48, 32, 34),
-            ("edge_odd", "edge", 1, 37, 67, 41, 25),
-            ("edge_wide", "edge", 2, 150, 33, 31, 33),
-            ("edge_one_row", "edge", 1, 33, 32, 1, 1025),
-            ("edge_b0", "edge", 0, 32, 32, 32, 32),
+        _case("conv3x3_weight", id, tags, B=B, C=C, O=outs, H=H, W=W, wide=wide)
+        for id, tags, B, C, outs, H, W, wide in (
+            ("vqgan_256px", "bench", 1, 128, 128, 256, 256, 0),
+            ("vqgan_64px", "bench", 4, 128, 128, 64, 64, 1),
+            ("vqgan_32px", "bench", 4, 512, 256, 32, 32, 0),
+            ("smoke", "smoke", 2, 64, 48, 32, 34, 0),
+            ("edge_odd", "edge", 1, 37, 67, 41, 25, 0),
+            ("edge_wide", "edge", 2, 150, 33, 31, 33, 1),
+            ("edge_one_row", "edge", 1, 33, 32, 1, 1025, 0),
+            ("edge_b0", "edge", 0, 32, 32, 32, 32, 0),
         )
     ),
     # ---- token loss
