@@ -1,7 +1,8 @@
 // Products of small numbers that stand side by side in the 32 bits of a lane. No include guard: a
 // kernel file includes it once per instruction set, after simd.h.
 //
-// Numerics: int8 products are added in int32, exactly, on every instruction set. Two bfloat16
+// Numerics: int8 and int16 products are added in int32, exactly, on every instruction set; it is for
+//   the caller to keep the sums below 2^31. Two bfloat16
 //   products are added to a float by vdpbf16ps where the CPU has it (no rounding between, subnormal
 //   numbers are zero), by two multiply-adds elsewhere.
 // Sums go by value: gcc keeps an array of sums in memory if assembler writes to its elements. And
@@ -31,6 +32,22 @@ VQFAST_INLINE VI dot4(VI acc, VI w, VI x) {
 #else
   return acc + (w & 255) * (x << 24 >> 24) + (w >> 8 & 255) * (x << 16 >> 24) +
          (w >> 16 & 255) * (x << 8 >> 24) + (w >> 24 & 255) * (x >> 24);
+#endif
+}
+
+// acc[i] + w[2 i] * x[0] + w[2 i + 1] * x[1] in int16; w and x hold 2 values a lane
+VQFAST_INLINE VI dot2_int(VI acc, VI w, VI x) {
+#if VQFAST_LANES == 16 && defined(VQFAST_VNNI)
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+#elif VQFAST_LANES == 16
+  return acc + (VI)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#elif VQFAST_LANES == 8
+  return acc + (VI)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+  return acc + (VI)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+  return acc + (w << 16 >> 16) * (x << 16 >> 16) + (w >> 16) * (x >> 16);
 #endif
 }
 

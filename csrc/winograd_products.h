@@ -1,8 +1,9 @@
 // What convolutions by Winograd share: the products between their transforms. No include guard: a
 // kernel file includes it once per instruction set, after simd.h and dot.h.
 //
-// A word is 4 bytes of channels: one of float32, two of bfloat16 (0 for a second one that does not
-// exist). Rows are tiles of the input, columns are outputs; kNative: has_avx512_bf16() in kernel.h.
+// A word is 4 bytes of channels: one of float32, two of bfloat16 or int16 (0 for a second one that
+// does not exist). Rows are tiles of the input, columns are outputs; kNative: has_avx512_bf16() in
+// kernel.h.
 
 namespace vqfast::VQFAST_ISA {
 namespace {
@@ -33,21 +34,27 @@ inline void transpose(const int32_t* from, int64_t n, int32_t* to) {
   for (int i = 0; i < n; ++i) __builtin_memcpy(to + i * kWide, &rows[i], sizeof(VI));
 }
 
-// m [kR, kWide] = v [kR, n of words] u [n, kWide], or += if add. Every loop over the rows is
-// unrolled by hand, the first one too: one that is not keeps the sums in memory.
-template <class T, bool kNative, int kR>
+// m [kR, kWide] = v [kR, n of words] u [n, kWide], or += if add; of int16 each row times its scale.
+// Every loop over the rows is unrolled by hand, the first one too: one that is not keeps the sums
+// in memory.
+template <class F, bool kNative, int kR>
 __attribute__((noinline)) void multiply(const int32_t* v, int64_t words, const int32_t* u,
-                                        int64_t n, bool add, float* m) {
-  VF low[kR], high[kR];
+                                        int64_t n, bool add, float* m, const float* scale) {
+  constexpr bool kFixed = std::is_same_v<F, int16_t>;
+  using Sum = std::conditional_t<kFixed, VI, VF>;
+  Sum low[kR], high[kR];
 #pragma GCC unroll 12
-  for (int r = 0; r < kR; ++r) low[r] = high[r] = VF{};
+  for (int r = 0; r < kR; ++r) low[r] = high[r] = Sum{};
   for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
     const VI u0 = load_int(u), u1 = load_int(u + kLanes);
     const int32_t* row = v;
 #pragma GCC unroll 12
     for (int r = 0; r < kR; ++r, row += words) {
       const VI each = every_lane(row);
-      if constexpr (sizeof(T) == 2) {
+      if constexpr (kFixed) {
+        low[r] = dot2_int(low[r], u0, each);
+        high[r] = dot2_int(high[r], u1, each);
+      } else if constexpr (sizeof(F) == 2) {
         low[r] = dot2<kNative>(low[r], u0, each);
         high[r] = dot2<kNative>(high[r], u1, each);
       } else {
@@ -59,22 +66,32 @@ __attribute__((noinline)) void multiply(const int32_t* v, int64_t words, const i
 #pragma GCC unroll 12
   for (int r = 0; r < kR; ++r) {
     float* to = m + r * kWide;
-    store(to, add ? load(to) + low[r] : low[r]);
-    store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
+    VF left, right;
+    if constexpr (kFixed) {
+      left = __builtin_convertvector(low[r], VF) * scale[r];
+      right = __builtin_convertvector(high[r], VF) * scale[r];
+    } else {
+      left = low[r];
+      right = high[r];
+    }
+    store(to, add ? load(to) + left : left);
+    store(to + kLanes, add ? load(to + kLanes) + right : right);
   }
 }
 
-// the same for any number of rows; what v holds in rows past `rows` is computed, never stored
-template <class T, bool kNative>
+// The same for any number of rows; what v holds in rows past `rows` is computed, never stored. The
+// scales reach as far as v.
+template <class F, bool kNative>
 void multiply_rows(const int32_t* v, int64_t words, int64_t rows, const int32_t* u, int64_t n,
-                   bool add, float* m) {
+                   bool add, float* m, const float* scale = nullptr) {
   for (int64_t t = 0; t < rows; t += kRows, v += kRows * words, m += kRows * kWide) {
+    const float* of = std::is_same_v<F, int16_t> ? scale + t : nullptr;
     if (rows - t <= kRows / 3)
-      multiply<T, kNative, kRows / 3>(v, words, u, n, add, m);
+      multiply<F, kNative, kRows / 3>(v, words, u, n, add, m, of);
     else if (rows - t <= kRows / 3 * 2)
-      multiply<T, kNative, kRows / 3 * 2>(v, words, u, n, add, m);
+      multiply<F, kNative, kRows / 3 * 2>(v, words, u, n, add, m, of);
     else
-      multiply<T, kNative, kRows>(v, words, u, n, add, m);
+      multiply<F, kNative, kRows>(v, words, u, n, add, m, of);
   }
 }
 

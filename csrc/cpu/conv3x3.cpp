@@ -6,23 +6,26 @@
 //
 // Contract: any H, W, C, O; small problems are refused, as transforming the weights would not pay.
 //
-// Numerics: Winograd F(2x2, 3x3), or F(4x4, 3x3) for many positions and channels in float32: y =
+// Numerics: Winograd F(2x2, 3x3), or F(4x4, 3x3) for many positions and (float32) channels: y =
 //   A'[(G w G') . (B' x B)]A, each of the 16 or 36 products summed over c in blocks of kChain words
-//   of channels, each one chain of float32 multiply-adds. Float32: the error is 0.1 to 0.4 times
-//   that of oneDNN's direct sum, by F(4x4, 3x3) 0.5 to 1.0 times (winograd.h). Bfloat16: transforms
-//   are computed in float32, and both factors rounded before they meet; bias and r are added in
-//   float32 and the result rounded once. The rounding of the factors costs 2.4 times the rounding
-//   of the result on random data (root mean square), 1.1 to 1.3 times in the maximum norm, and a
-//   residual connection here has one rounding less than two ops. A NaN or infinity spreads over the
-//   outputs of its tiles. An output does not depend on B, its place in the batch, or the threads.
+//   of channels, one after the other in float32. Float32: a block is a chain of multiply-adds; the
+//   error is 0.1 to 0.4 times that of oneDNN's direct sum, by F(4x4, 3x3) 0.5 to 1.0 times
+//   (winograd.h). Bfloat16: transforms are computed in float32, and both factors rounded before they
+//   meet; bias and r are added in float32 and the result rounded once. F(2x2, 3x3) rounds factors to
+//   bfloat16, which costs 2.4 times the rounding of the result on random data (root mean square),
+//   1.1 to 1.3 times in the maximum norm; a residual connection here has one rounding less than two
+//   ops. F(4x4, 3x3) would cost 10 times: it rounds them to int16 about a scale per output and per
+//   tile and block of channels, sums those exactly, and costs 0.6 times (fixed_point.h). A NaN or
+//   infinity spreads over the outputs of its tiles. An output does not depend on B, its place in the
+//   batch, or the threads.
 //
 // Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per output in place of 9 C O: 2.25 or 4
 //   times fewer. On doubled pixels the third row and column of B' x B vanish, so that 9 of the 16
 //   products are left: 4 times fewer too. A thread takes blocks of output tiles: their transformed
 //   inputs V [F, tiles, C] stay in L2 while panels of 2 kLanes outputs pass by; a register tile is
 //   kRows tiles x 2 vectors. Transformed weights are packed [panel, F, C, 2 kLanes] first, two
-//   channels to a word in bfloat16. Few tiles: V of all of them first, then the weights panel by
-//   panel, used while they are in cache.
+//   channels to a word in bfloat16 and int16. Few tiles: V of all of them first, then the weights
+//   panel by panel, used while they are in cache.
 //
 // Ladder: one chain over all of C had 2.3 times the error of torch's NCHW convolution at C = 512;
 //   chains of 64 channels, whose weights stay in L1, have 0.7 times (2026-11-23). 128 channels at
@@ -33,7 +36,11 @@
 //   6.1 -> 4.0 ms (oneDNN 5.7), float32 13.1 -> 7.4 (12.0). There F(4x4, 3x3) is 1.5 times faster
 //   than F(2x2, 3x3) from 64px on, 1.1 times at 32px; blocks of 256 KiB to 1 MiB and 12 to 48 tiles
 //   at a time made no difference. 512 channels at 32px: 0.6 times, as 37 MB of weights pass L3.
+//   Bfloat16 by F(4x4, 3x3) in int16, 128 at 256px 46.4 -> 31.3 ms, of which 20 are at the limit of
+//   vpdpwssd. Asking for the residual ahead gains 1 %: it waits for memory, not for its latency.
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
 
 #include "kernel.h"
 #include "large_pages.h"
@@ -65,6 +72,7 @@ REFUSES(conv3x3, why_not)
 #include "dot.h"
 #include "rounded_store.h"
 #include "winograd.h"
+#include "fixed_point.h"
 #include "winograd_products.h"
 // clang-format on
 
@@ -77,22 +85,25 @@ constexpr int64_t kFewBytes = 2 << 20;      // V of all tiles: packing all weigh
 // apart they would share cache sets.
 constexpr int64_t kTile = kWide * kLanes + 16;
 
-// kOut x kOut outputs of a tile. kDoubled: the pixels of x are doubled. kNative: vdpbf16ps and its
-// rounding are there.
-template <class T, int kOut, bool kDoubled, bool kNative>
+// kOut x kOut outputs of a tile. F: what the factors are rounded to, T or int16_t. kDoubled: the
+// pixels of x are doubled. kNative: vdpbf16ps and its rounding are there.
+template <class T, class F, int kOut, bool kDoubled, bool kNative>
 struct Conv {
   using Line = Winograd<kOut, kDoubled>;
-  static constexpr int kPer = 4 / sizeof(T);  // channels to a word
+  static constexpr bool kFixed = std::is_same_v<F, int16_t>;
+  static constexpr int kPer = 4 / sizeof(F);  // channels to a word
   static constexpr int kTaps = Line::kTaps;   // rows and columns of a transformed tile
   static constexpr int kF = kTaps * kTaps;
   static constexpr int kScale = kDoubled ? 2 : 1;
   static constexpr int64_t kSub = kOut == 4 ? 24 : 48;       // tiles whose products are held
-  static constexpr int64_t kProducts = kSub * kWide + 16;  // from frequency to frequency of them
+  static constexpr int64_t kProducts = kSub * kWide + 16;    // from frequency to frequency of them
+  static constexpr int64_t kStage = kChain * kPer + kLanes;  // likewise of a tile before rounding
 
   int64_t B, H, W, C, O, words, down, across, tiles, panels, block;
   int threads;
   const T *x, *w, *bias, *residual;
   T* y;
+  Balance balance;  // of int16 factors
 
   explicit Conv(const Args& a)
       : B(a.t[0].shape[0]),
@@ -117,13 +128,16 @@ struct Conv {
     block = ((B * tiles + n - 1) / n + kRows - 1) / kRows * kRows;
   }
 
-  // from frequency to frequency of V, padded likewise
-  int64_t plane(int64_t count) const { return (count + kRows - 1) / kRows * kRows * words + 16; }
+  VQFAST_INLINE static void put(F* p, VF v, int n) {
+    if constexpr (kFixed)
+      store_int16(p, v, n);
+    else
+      store_rounded<kNative>(p, v, n);
+  }
 
-  VQFAST_INLINE static void put(T* p, VF v, int n) { store_rounded<kNative>(p, v, n); }
-
-  // G g G' of n channels of one output -> to[f * kTile words]
-  VQFAST_INLINE void transform_weight(const T* from, int n, T* to) const {
+  // take(f, u) for G g G' of n channels of one output
+  template <class Take>
+  VQFAST_INLINE void each_weight(const T* from, int n, Take&& take) const {
     VF rows[3][kTaps];
 #pragma GCC unroll 3
     for (int q = 0; q < 3; ++q) {
@@ -138,8 +152,7 @@ struct Conv {
       VF u[kTaps];
       Line::weights(g, u);
 #pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j)
-        put(to + (i * kTaps + j) * kTile * kPer, u[j], kLanes);
+      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, u[j]);
     }
   }
 
@@ -149,11 +162,17 @@ struct Conv {
       for (int part = 0; part < kPer; ++part) {
         const int64_t c = from * kPer + part * kLanes, row = panel * kWide + o;
         const int n = row < O ? static_cast<int>(std::clamp<int64_t>(C - c, 0, kLanes)) : 0;
-        T* to = reinterpret_cast<T*>(tile + o * kLanes) + part * kLanes;
+        F* to = reinterpret_cast<F*>(tile + o * kLanes) + part * kLanes;
+        VF factor{};
+        if constexpr (kFixed)
+          if (n) factor = load(balance.inverse.get() + c) * balance.output[row];
+        const auto store_each = [&](int f, VF u) __attribute__((always_inline)) {
+          put(to + f * kTile * kPer, kFixed ? u * factor : u, kLanes);
+        };
         if (n == kLanes)
-          transform_weight(w + row * 9 * C + c, kLanes, to);
+          each_weight(w + row * 9 * C + c, kLanes, store_each);
         else
-          transform_weight(w + row * 9 * C + c, n, to);
+          each_weight(w + row * 9 * C + c, n, store_each);
       }
   }
 
@@ -169,41 +188,118 @@ struct Conv {
     }
   }
 
-  // B' d B of the inputs of one tile -> v[f * stride + c]; zeros: a pixel of zeros
-  void transform_input(int64_t tile, const T* zeros, T* v, int64_t stride) const {
+  using Window = const T* [kTaps][kTaps];
+
+  // where the inputs of one tile are; zeros: a pixel of zeros
+  void find_inputs(int64_t tile, const T* zeros, Window& from) const {
     const T* image = x + tile / tiles * H * W * C;
     const int64_t top = tile % tiles / across * Line::kStep - 1,
                   left = tile % across * Line::kStep - 1;
-    const T* from[kTaps][kTaps];
     for (int i = 0; i < kTaps; ++i)
       for (int j = 0; j < kTaps; ++j) {
         const int64_t row = top + i, column = left + j;
         const bool inside = row >= 0 && row < H && column >= 0 && column < W;
         from[i][j] = inside ? image + (row * W + column) * C : zeros;
       }
-    const auto channels = [&](int64_t c, int n, int written) __attribute__((always_inline)) {
-      VF t[kTaps][kTaps];  // [column][row]
+  }
+
+  // take(f, v) for B' d B of channels [c, c + n)
+  template <class Take>
+  VQFAST_INLINE void each_input(const Window& from, int64_t c, int n, Take&& take) const {
+    VF t[kTaps][kTaps];  // [column][row]
+    VF factor{};
+    if constexpr (kFixed) factor = load(balance.channel.get() + c);
 #pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) {
-        VF d[kTaps];
-#pragma GCC unroll 6
-        for (int i = 0; i < kTaps; ++i) d[i] = load_n(from[i][j] + c, n);
-        Line::inputs(d, t[j]);
-      }
+    for (int j = 0; j < kTaps; ++j) {
+      VF d[kTaps];
 #pragma GCC unroll 6
       for (int i = 0; i < kTaps; ++i) {
-        VF d[kTaps], to[kTaps];
-#pragma GCC unroll 6
-        for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
-        Line::inputs(d, to);
-#pragma GCC unroll 6
-        for (int j = 0; j < kTaps; ++j) put(v + (i * kTaps + j) * stride + c, to[j], written);
+        d[i] = load_n(from[i][j] + c, n);
+        if constexpr (kFixed) d[i] *= factor;
       }
-    };
-    int64_t c = 0;
-    for (; c + kLanes <= C; c += kLanes) channels(c, kLanes, kLanes);
-    // a word's second channel that does not exist is zero
-    if (c < C) channels(c, static_cast<int>(C - c), static_cast<int>(words * kPer - c));
+      Line::inputs(d, t[j]);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTaps; ++i) {
+      VF d[kTaps], to[kTaps];
+#pragma GCC unroll 6
+      for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
+      Line::inputs(d, to);
+#pragma GCC unroll 6
+      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, to[j]);
+    }
+  }
+
+  // take(channel, width) for channels [from, to) a vector at a time
+  template <class Take>
+  VQFAST_INLINE void each_vector(int64_t from, int64_t to, Take&& take) const {
+    int64_t c = from;
+    for (; c + kLanes <= to; c += kLanes) take(c, kLanes);
+    if (c < to) take(c, static_cast<int>(to - c));
+  }
+
+  // B' d B of one tile -> v[f * stride + c]; scale: see transform_fixed
+  void transform_input(int64_t tile, const T* zeros, F* v, int64_t stride, float* scale,
+                       int64_t scales) const {
+    Window from;
+    find_inputs(tile, zeros, from);
+    if constexpr (kFixed) return transform_fixed(from, v, stride, scale, scales);
+    each_vector(0, C, [&](int64_t c, int n) __attribute__((always_inline)) {
+      // a word's second channel that does not exist is zero
+      const int written = n == kLanes ? kLanes : static_cast<int>(words * kPer - c);
+      each_input(from, c, n, [&](int f, VF to) __attribute__((always_inline)) {
+        put(v + f * stride + c, to, written);
+      });
+    });
+  }
+
+  // The same in int16, each chain of channels by a factor that bounds its sums of squares; its
+  // reciprocal -> scale[chain * scales].
+  void transform_fixed(const Window& from, F* v, int64_t stride, float* scale,
+                       int64_t scales) const {
+    alignas(64) float stage[kF * kStage];
+    for (int64_t first = 0; first < C; first += kChain * kPer, scale += scales) {
+      const int64_t end = std::min(C, first + kChain * kPer);
+      const int64_t width = (end - first + kLanes - 1) / kLanes * kLanes;
+      each_vector(first, end, [&](int64_t c, int n) __attribute__((always_inline)) {
+        each_input(from, c, n, [&](int f, VF to) __attribute__((always_inline)) {
+          store(stage + f * kStage + (c - first), to);
+        });
+      });
+      const float factor = bounding_factor<kF>(stage, kStage, width, kInputNorm);
+      *scale = 1.0f / factor;
+      for (int f = 0; f < kF; ++f)
+        each_vector(first, first + width, [&](int64_t c, int) __attribute__((always_inline)) {
+          const int written = static_cast<int>(std::min<int64_t>(kLanes, words * kPer - c));
+          put(v + f * stride + c, load(stage + f * kStage + (c - first)) * factor, written);
+        });
+    }
+  }
+
+  // Channels by the norm of their weights, outputs by a factor that bounds the sums of squares of
+  // each chain of a frequency.
+  void balance_factors() {
+    balance.channels<T>(w, O * 9, C);
+    balance.output = scratch<float>(O);
+    parallel_for(threads, O, 1, [&](int64_t from, int64_t to) {
+      alignas(64) float stage[kF * kStage];
+      for (int64_t o = from; o < to; ++o) {
+        float least = kLargestFactor;
+        for (int64_t first = 0; first < C; first += kChain * kPer) {
+          const int64_t end = std::min(C, first + kChain * kPer);
+          each_vector(first, end, [&](int64_t c, int n) __attribute__((always_inline)) {
+            const VF inverse = load(balance.inverse.get() + c);
+            each_weight(w + o * 9 * C + c, n, [&](int f, VF u) __attribute__((always_inline)) {
+              store(stage + f * kStage + (c - first), u * inverse);
+            });
+          });
+          const int64_t width = (end - first + kLanes - 1) / kLanes * kLanes;
+          const float factor = bounding_factor<kF>(stage, kStage, width, kWeightNorm);
+          least = factor < least || factor != factor ? factor : least;
+        }
+        balance.output[o] = least;
+      }
+    });
   }
 
   // A' m A of one tile and panel, plus bias and residual -> y; m[f * stride + o]
@@ -224,6 +320,8 @@ struct Conv {
         Line::outputs(d, t[j]);
       }
       const VF b = load_n(bias + o, n);
+      VF scale{};
+      if constexpr (kFixed) scale = 1.0f / load_n(balance.output.get() + o, n, 1.0f);
 #pragma GCC unroll 4
       for (int i = 0; i < kOut; ++i) {
         if (top + i >= rows) break;
@@ -235,23 +333,45 @@ struct Conv {
         for (int j = 0; j < kOut; ++j) {
           if (left + j >= columns) break;
           const int64_t to = start + ((top + i) * columns + left + j) * O + o;
-          const VF sum = out[j] + b;
-          put(y + to, residual ? sum + load_n(residual + to, n) : sum, n);
+          const VF sum = kFixed ? fma(out[j], scale, b) : out[j] + b;
+          store_rounded<kNative>(y + to, residual ? sum + load_n(residual + to, n) : sum, n);
         }
       }
     }
   }
 
-  // tiles [begin, begin + count) of one panel, from their v; u [kF, words, kWide]
-  void run_panel(int64_t begin, int64_t count, int64_t panel, const int32_t* u, const int32_t* v,
-                 int64_t stride, float* m) const {
+  // Transformed inputs of some tiles.
+  struct Inputs {
+    int64_t stride, scales;  // from frequency to frequency, from chain to chain
+    Scratch<int32_t> v;      // [kF, tiles, words]
+    Scratch<float> scale;    // [chains, tiles], of int16
+  };
+
+  Inputs room(int64_t count) const {
+    const int64_t padded = (count + kRows - 1) / kRows * kRows;
+    // a vector more, padded likewise
+    const int64_t stride = padded * words + 16;
+    const int64_t scales = kFixed ? (words + kChain - 1) / kChain * padded : 0;
+    return {stride, padded, scratch<int32_t>(kF * stride), scratch<float>(scales)};
+  }
+
+  // tile number `from` of x is number `to` of these
+  void transform_input(int64_t from, const T* zeros, const Inputs& in, int64_t to) const {
+    transform_input(from, zeros, reinterpret_cast<F*>(in.v.get() + to * words), in.stride * kPer,
+                    in.scale.get() + to, in.scales);
+  }
+
+  // tiles [begin, begin + count) of one panel, from their transformed inputs; u [kF, words, kWide]
+  void run_panel(int64_t begin, int64_t count, int64_t panel, const int32_t* u, const Inputs& in,
+                 float* m) const {
     for (int64_t sub = 0; sub < count; sub += kSub) {
       const int64_t n = std::min(kSub, count - sub);
       for (int f = 0; f < kF; ++f)
         for (int64_t k = 0; k < words; k += kChain)
-          multiply_rows<T, kNative>(v + f * stride + sub * words + k, words, n,
+          multiply_rows<F, kNative>(in.v.get() + f * in.stride + sub * words + k, words, n,
                                     u + (f * words + k) * kWide, std::min(kChain, words - k), k > 0,
-                                    m + f * kProducts);
+                                    m + f * kProducts,
+                                    in.scale.get() + k / kChain * in.scales + sub);
       for (int64_t t = 0; t < n; ++t)
         transform_output(m + t * kWide, kProducts, begin + sub + t, panel);
     }
@@ -259,13 +379,12 @@ struct Conv {
 
   // few tiles: V of all of them, then panel by panel the weights, which are used while in cache
   void run_few() const {
-    const int64_t count = B * tiles, stride = plane(count);
-    const auto v = scratch<int32_t>(kF * stride);
+    const int64_t count = B * tiles;
+    const Inputs in = room(count);
     const auto zeros = scratch<T>(C);
     std::fill_n(zeros.get(), C, T{});
     parallel_for(threads, count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t)
-        transform_input(t, zeros.get(), reinterpret_cast<T*>(v.get() + t * words), stride * kPer);
+      for (int64_t t = from; t < to; ++t) transform_input(t, zeros.get(), in, t);
     });
     parallel_for(threads, panels, 1, [&](int64_t from, int64_t to) {
       const auto tile = scratch<int32_t>(kF * kTile);
@@ -273,13 +392,14 @@ struct Conv {
       const auto m = scratch<float>(kF * kProducts);
       for (int64_t p = from; p < to; ++p) {
         pack(p, tile.get(), packed.get());
-        run_panel(0, count, p, packed.get(), v.get(), stride, m.get());
+        run_panel(0, count, p, packed.get(), in, m.get());
       }
     });
   }
 
-  void run() const {
+  void run() {
     if (B == 0) return;
+    if constexpr (kFixed) balance_factors();
     if (kF * words * 4 * B * tiles <= kFewBytes) return run_few();
     const int64_t panel_size = kF * words * kWide, blocks = (B * tiles + block - 1) / block;
     prefer_large_pages(y, static_cast<size_t>(B * H * W * kScale * kScale * O) * sizeof(T));
@@ -291,43 +411,40 @@ struct Conv {
     // few blocks: their panels are shared out too, and each share transforms the input again
     const int64_t shares = blocks >= 8 * threads ? 1 : std::min<int64_t>(panels, 4);
     parallel_for(threads, blocks * shares, 1, [&](int64_t from, int64_t to) {
-      const int64_t stride = plane(block);
-      const auto v = scratch<int32_t>(kF * stride);
+      const Inputs in = room(block);
       const auto m = scratch<float>(kF * kProducts);
       const auto zeros = scratch<T>(C);
       std::fill_n(zeros.get(), C, T{});
       for (int64_t unit = from; unit < to; ++unit) {
         const int64_t begin = unit / shares * block, share = unit % shares;
         const int64_t count = std::min(block, B * tiles - begin);
-        for (int64_t t = 0; t < count; ++t)
-          transform_input(begin + t, zeros.get(), reinterpret_cast<T*>(v.get() + t * words),
-                          stride * kPer);
+        for (int64_t t = 0; t < count; ++t) transform_input(begin + t, zeros.get(), in, t);
         for (int64_t p = panels * share / shares; p < panels * (share + 1) / shares; ++p)
-          run_panel(begin, count, p, packed.get() + p * panel_size, v.get(), stride, m.get());
+          run_panel(begin, count, p, packed.get() + p * panel_size, in, m.get());
       }
     });
   }
 };
 
-// Tiles of 4x4 outputs are faster and accurate enough. With fewer than 128 channels a direct sum has
-// less than half their error. The weights cost what some 64 tiles cost, while they fit L3
-// (2026-11-30, AMD Zen 4).
+// Tiles of 4x4 outputs are faster and accurate enough. In float32 with fewer than 128 channels a
+// direct sum has less than half their error. The weights cost what some 64 tiles cost, while they
+// fit L3 (2026-11-30, AMD Zen 4).
 bool large_tiles(const Args& a) {
   const View& x = a.t[0];
-  const int64_t C = x.shape[3], O = a.t[1].shape[0];
+  const int64_t C = x.shape[3], O = a.t[1].shape[0], least = x.dtype == DType::f32 ? 128 : 0;
   const auto tiles = [&](int64_t side) {
     return (x.shape[1] + side - 1) / side * ((x.shape[2] + side - 1) / side);
   };
   const bool fits = 36 * C * O * int64_t{sizeof(float)} <= int64_t{24} << 20;
-  return C >= 128 && fits && 36 * (tiles(4) + 64) < 16 * (tiles(2) + 64);
+  return C >= least && fits && 36 * (tiles(4) + 64) < 16 * (tiles(2) + 64);
 }
 
 template <class T, bool kNative>
 void run_tiles(const Args& a) {
-  if (a.s[0].i == 2) return Conv<T, 2, true, kNative>(a).run();
-  if constexpr (sizeof(T) == 4)
-    if (large_tiles(a)) return Conv<T, 4, false, kNative>(a).run();
-  Conv<T, 2, false, kNative>(a).run();
+  if (a.s[0].i == 2) return Conv<T, T, 2, true, kNative>(a).run();
+  using Factor = std::conditional_t<sizeof(T) == 4, T, int16_t>;
+  if (large_tiles(a)) return Conv<T, Factor, 4, false, kNative>(a).run();
+  Conv<T, T, 2, false, kNative>(a).run();
 }
 
 void run(const Args& a) {

@@ -27,6 +27,7 @@
 //   bfloat16 18.5 ms (25.3), float32 36 (66); 256 at 32px 1.2 (1.6) and 2.8 (3.4). With 512
 //   channels at 16px packing the weights takes longer than all of oneDNN's work.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernel.h"
 #include "large_pages.h"
