@@ -445,5 +445,6 @@ def test_spills_would_be_seen(monkeypatch):
 
 def test_walks_of_attention_turn_from_masked_to_unmasked_at_a_tile():
     module = importlib.import_module("vqfast.kernels.causal_attention")
-    for table in (module._FORWARD, module._BACKWARD_Q, module._BACKWARD_KV):
-        assert all(own % walked == 0 for own, walked, *_ in table.values())
+    for tables in (module._FORWARD, module._BACKWARD_Q, module._BACKWARD_KV):
+        for table in tables.values():
+            assert all(own % walked == 0 for own, walked, *_ in table.values())

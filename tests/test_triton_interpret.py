@@ -145,6 +145,22 @@ def causal_attention_never_sees_the_future():
 
 
 @check
+def causal_attention_hides_the_past_from_later_keys_in_the_backward_pass():
+    """A row's q and gradient reach the keys up to it. Row 40 lies in the square of each kernel."""
+    for dtype in DTYPES:
+        q, k, v, grad = attention_data(dtype, 1, 2, 150, 32)
+        out, lse = run("causal_attention", q, k, v, 0.3)
+        right = run("causal_attention_backward", grad, q, k, v, out, lse, 0.3)
+        grad[:, :, 40, 3], q[:, :, 40, 5] = float("nan"), float("inf")
+        dq, dk, dv = run("causal_attention_backward", grad, q, k, v, out, lse, 0.3)
+        for found, clean in ((dk, right[1]), (dv, right[2])):
+            assert torch.equal(found[:, :, 41:], clean[:, :, 41:])
+            assert found[:, :, :41].isnan().any(-1).all()
+        others = [t for t in range(150) if t != 40]
+        assert torch.equal(dq[:, :, others], right[0][:, :, others])
+
+
+@check
 def causal_attention_shows_one_bad_value_to_the_rows_that_see_it():
     q, k, v, _ = attention_data(torch.float32, 1, 1, 80, 16)
     v[0, 0, 20, 3] = float("nan")
