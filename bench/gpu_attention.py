@@ -138,7 +138,7 @@ def measure() -> list[dict]:
             for B, H in HEADS:
                 leaves = qkv(B, H, T, d, getattr(torch, dtype), what == "training")
                 case = f"{what} {dtype} B{B} H{H} T{T} d{d}"
-                if (B, H) == HEADS[0]:  # float32 holds T x T
+                if HEADS[0] == (B, H):  # float32 holds T x T
                     check(leaves, case)
                 calls = {"ours": one_call(ours, leaves), "torch": one_call(torchs, leaves)}
                 times.append(milliseconds(calls))
@@ -149,8 +149,9 @@ def measure() -> list[dict]:
             gains[T] = min(t["torch"] / t["ours"] for t in times)
         for low, high in ranges(wins):
             least = min(gains[T] for T in wins if low <= T <= high)
-            row = {"capability": list(capability), "dtype": dtype, "d": d, "T_from": low}
-            row |= {"T_to": high, "pass": what, "measured": f"at least x{least:.2f}; {note}"}
+            row = {"op": "causal_attention", "capability": list(capability), "dtype": dtype}
+            row |= {"d": d, "T_from": low, "T_to": high, "pass": what}
+            row["measured"] = f"at least x{least:.2f}; {note}"
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows

@@ -13,7 +13,8 @@ from vqfast.ops import _attention_choice as choice
 
 HOPPER = (9, 0)
 ROW = {
-    "capability": [9, 0], "dtype": "float32", "d": 16, "T_from": 10, "T_to": 20, "pass": "forward",
+    "op": "causal_attention", "capability": [9, 0], "dtype": "float32", "d": 16,
+    "T_from": 10, "T_to": 20, "pass": "forward",
 }  # fmt: skip
 
 
@@ -29,9 +30,8 @@ def torch_calls(monkeypatch):
     monkeypatch.delenv("VQFAST_BACKEND", raising=False)
     monkeypatch.setattr(choice, "capability", lambda t: HOPPER)
     monkeypatch.setattr(choice, "OURS", ())
-    monkeypatch.setattr(
-        importlib.import_module("vqfast.ops.causal_attention"), "torch_attention", record
-    )
+    for op in ("causal_attention", "full_attention"):
+        monkeypatch.setattr(importlib.import_module(f"vqfast.ops.{op}"), "torch_attention", record)
     return calls
 
 
@@ -62,7 +62,7 @@ def test_what_was_not_measured_goes_to_torch(torch_calls):
 def test_nothing_is_chosen_off_a_gpu(torch_calls, monkeypatch):
     monkeypatch.undo()
     assert choice.capability(torch.zeros(1)) is None
-    assert not choice.takes_torch(*qkv())
+    assert not choice.takes_torch("causal_attention", *qkv())
 
 
 def test_a_row_gives_its_range_and_its_pass_to_our_kernel(torch_calls, monkeypatch, tmp_path):
@@ -86,6 +86,18 @@ def test_a_row_gives_its_range_and_its_pass_to_our_kernel(torch_calls, monkeypat
     monkeypatch.setattr(choice, "capability", lambda t: (8, 0))
     vqfast.causal_attention(*qkv())
     assert torch_calls
+
+
+def test_each_attention_has_rows_of_its_own(torch_calls, monkeypatch, tmp_path):
+    q, k, v = qkv()
+    out = vqfast.ops.full_attention(q, k, v, scale=0.3)
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+    assert len(torch_calls) == 1 and torch.equal(out, right)
+    table(monkeypatch, tmp_path, {**ROW, "op": "full_attention"})
+    vqfast.ops.full_attention(q, k, v)
+    assert len(torch_calls) == 1
+    vqfast.causal_attention(q, k, v)
+    assert len(torch_calls) == 2
 
 
 def test_training_has_a_row_of_its_own(torch_calls, monkeypatch, tmp_path):
@@ -167,6 +179,6 @@ def test_a_written_table_is_read_and_other_gpus_keep_their_rows(bench, monkeypat
     for capability in ((8, 0), HOPPER, HOPPER):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
         bench.write(path, [{**row, "capability": list(capability)}])
-    assert [key[0] for key in choice.read(path)] == [(8, 0), HOPPER]
+    assert [key[1] for key in choice.read(path)] == [(8, 0), HOPPER]
     bench.write(path, [])
-    assert [key[0] for key in choice.read(path)] == [(8, 0)]
+    assert [key[1] for key in choice.read(path)] == [(8, 0)]

@@ -153,8 +153,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     Source: arXiv:1706.03762 section 3.2.1.
     """
     factor = validate(q, k, v, scale)
-    if takes_torch(q, k, v):
-        return torch_attention(q, k, v, factor)
+    if takes_torch("causal_attention", q, k, v):
+        return torch_attention(q, k, v, factor, True)
     return _CausalAttention.apply(q, k, v, factor)
 
 
