@@ -1,7 +1,7 @@
-"""Causal attention on a GPU: ours against torch's, and the table of who runs where.
+"""Attention on a GPU: ours against torch's, and the table of who runs where.
 
---measure         every case of DIMS x LENGTHS x HEADS, forward alone and with backward: GPU time of
-    ours and of scaled_dot_product_attention, in turns; each is checked against float32 first
+--measure         every case of CASES, forward alone and with backward: GPU time of ours and of
+    scaled_dot_product_attention, in turns; each is checked against float32 first
 --write [FILE]    with --measure: the rows in which ours won, for this GPU's capability; rows of
     other capabilities stay. FILE is the table in the package by default
 --plans           the forward pass with other tiles, at the lengths of the goals: what the table of
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vqfast
+from vqfast import ops
 from vqfast.ops._attention_choice import PASSES, TABLE
 
 DEVICE = "cuda"
@@ -32,8 +33,13 @@ DIMS = (
     ("bfloat16", 64), ("bfloat16", 128), ("float16", 64), ("float16", 128), ("bfloat16", 48),
     ("bfloat16", 80), ("bfloat16", 100), ("float32", 64),
 )  # fmt: skip
+WIDE = (("bfloat16", 512), ("float16", 512), ("bfloat16", 256))
 LENGTHS = (64, 128, 192, 256, 257, 320, 384, 512, 576, 577, 768, 1024, 1025, 2048)
 HEADS = ((1, 16), (8, 16), (32, 16))  # B, H; ours must win with each
+CASES = {  # dtypes and head dims, lengths, heads, passes
+    "causal_attention": (DIMS, LENGTHS, HEADS, PASSES),
+    "full_attention": (WIDE, (64, 256, 576, 1024, 4096), ((1, 1), (8, 1)), PASSES[:1]),
+}
 MARGIN = 1.02  # by so much
 ROUNDS, CALLS = 5, 20
 PLANS = {  # own rows, keys walked, warps, stages, registers; d = 64 and 128, two bytes
@@ -51,35 +57,33 @@ def qkv(B: int, H: int, T: int, d: int, dtype: torch.dtype, trains: bool) -> lis
     return [t.transpose(1, 2).requires_grad_(trains) for t in packed.unbind(2)]
 
 
-def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with vqfast.backend("triton"):
-        return vqfast.causal_attention(q, k, v)
-
-
-def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def contestants(op: str) -> dict[str, Callable]:
+    causal = op == "causal_attention"
+    return {
+        "ours": getattr(ops, op),
+        "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+    }
 
 
 def one_call(attention: Callable, leaves: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-    """A pass, with backward where the leaves ask for it."""
-    if not leaves[0].requires_grad:
-        return lambda: [attention(*leaves)]
+    """A pass on our Triton kernels or on torch, with backward where the leaves ask for it."""
+    trains = leaves[0].requires_grad
     up = torch.ones_like(leaves[0])
 
-    def both() -> list[torch.Tensor]:
-        with vqfast.backend("triton"):  # backward asks again; torch's kernel does not
+    def call() -> list[torch.Tensor]:
+        with vqfast.backend("triton"):  # no table is asked, and torch's kernel does not care
             out = attention(*leaves)
-            return [out, *torch.autograd.grad(out, leaves, up)]
+            return [out, *(torch.autograd.grad(out, leaves, up) if trains else ())]
 
-    return both
+    return call
 
 
-def milliseconds(contestants: dict[str, Callable[[], object]]) -> dict[str, float]:
+def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """GPU time of a call, the queue full: medians of ROUNDS rounds of CALLS calls, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for n, (name, call) in itertools.product(range(-1, ROUNDS), contestants.items()):
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for n, (name, call) in itertools.product(range(-1, ROUNDS), calls.items()):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(40_000_000)  # the CPU runs ahead meanwhile
+        torch.cuda._sleep(20_000_000)  # the CPU runs ahead meanwhile
         begin.record()
         for _ in range(CALLS):
             call()
@@ -90,15 +94,15 @@ def milliseconds(contestants: dict[str, Callable[[], object]]) -> dict[str, floa
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def check(leaves: list[torch.Tensor], what: str) -> None:
+def check(op: str, leaves: list[torch.Tensor], what: str) -> None:
     """Ours may be off from float32 by twice (gradients: three times) what torch's is, and an eps
     of the dtype."""
     wide = [t.detach().float().requires_grad_(t.requires_grad) for t in leaves]
     eps = torch.finfo(leaves[0].dtype).eps
     # the math kernel: float32 sums without TF32
     with sdpa_kernel(SDPBackend.MATH):
-        right = one_call(torchs, wide)()
-    found, plain = one_call(ours, leaves)(), one_call(torchs, leaves)()
+        right = one_call(contestants(op)["torch"], wide)()
+    found, plain = (one_call(a, leaves)() for a in contestants(op).values())
     for i, (a, b, c) in enumerate(zip(found, plain, right, strict=True)):
         limit = (3 if i else 2) * (b - c).abs().max() + eps * c.abs().max()
         if not (a - c).abs().max() <= limit:
@@ -124,32 +128,34 @@ def ranges(wins: dict[int, bool]) -> list[tuple[int, int]]:
     return found
 
 
-def measure() -> list[dict]:
-    """The rows of the table for this GPU."""
+def measure(op: str) -> list[dict]:
+    """The rows of the table for this GPU and an op."""
     import triton
 
     rows, capability = [], torch.cuda.get_device_capability()
     note = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     note += f", {datetime.date.today()}"
-    for (dtype, d), what in itertools.product(DIMS, PASSES):
+    dims, lengths, heads, passes = CASES[op]
+    for (dtype, d), what in itertools.product(dims, passes):
         wins, gains = {}, {}
-        for T in LENGTHS:
+        for T in lengths:
             times = []
-            for B, H in HEADS:
+            for B, H in heads:
                 leaves = qkv(B, H, T, d, getattr(torch, dtype), what == "training")
-                case = f"{what} {dtype} B{B} H{H} T{T} d{d}"
-                if HEADS[0] == (B, H):  # float32 holds T x T
-                    check(leaves, case)
-                calls = {"ours": one_call(ours, leaves), "torch": one_call(torchs, leaves)}
+                case = f"{op} {what} {dtype} B{B} H{H} T{T} d{d}"
+                if heads[0] == (B, H):  # float32 holds T x T
+                    check(op, leaves, case)
+                calls = {n: one_call(a, leaves) for n, a in contestants(op).items()}
                 times.append(milliseconds(calls))
-                rate = (3.5 if what == "training" else 1) * 2e-9 * B * H * T * (T + 1) * d
+                pairs = T * (T + 1) / 2 if op == "causal_attention" else T * T
+                rate = (3.5 if what == "training" else 1) * 4e-9 * B * H * pairs * d
                 figures = (f"{n} {t:.4f} ms ({rate / t:.0f} TFLOP/s)" for n, t in times[-1].items())
                 print(f"{case}: {', '.join(figures)}", flush=True)
             wins[T] = won(times)
             gains[T] = min(t["torch"] / t["ours"] for t in times)
         for low, high in ranges(wins):
             least = min(gains[T] for T in wins if low <= T <= high)
-            row = {"op": "causal_attention", "capability": list(capability), "dtype": dtype}
+            row = {"op": op, "capability": list(capability), "dtype": dtype}
             row |= {"d": d, "T_from": low, "T_to": high, "pass": what}
             row["measured"] = f"at least x{least:.2f}; {note}"
             rows.append(row)
@@ -175,8 +181,8 @@ def plans() -> None:
         for plan in PLANS[d, size]:
             table[d, size] = plan
             try:
-                check([t[:1] for t in leaves], f"{plan} T{T}")
-                times[str(plan)] = milliseconds({"plan": lambda i=leaves: ours(*i)})["plan"]
+                check("causal_attention", [t[:1] for t in leaves], f"{plan} T{T}")
+                times[str(plan)] = milliseconds({"": one_call(ops.causal_attention, leaves)})[""]
             finally:
                 table[d, size] = kept
         order = sorted(times, key=lambda name: times[name])
@@ -219,7 +225,7 @@ def main() -> int:
     if args.plans:
         plans()
     if args.measure:
-        rows = measure()
+        rows = [row for op in CASES for row in measure(op)]
         if args.write:
             write(args.write, rows)
     if args.spatial:

@@ -100,6 +100,12 @@ def test_each_attention_has_rows_of_its_own(torch_calls, monkeypatch, tmp_path):
     assert len(torch_calls) == 2
 
 
+def test_info_says_so(torch_calls):
+    takes = {name: op["takes"] for name, op in vqfast.info()["ops"]["cpu"].items()}
+    assert takes["causal_attention"] == takes["full_attention"] == "torch"
+    assert takes["causal_attention_backward"] != "torch"
+
+
 def test_training_has_a_row_of_its_own(torch_calls, monkeypatch, tmp_path):
     table(monkeypatch, tmp_path, {**ROW, "pass": "training"})
     vqfast.causal_attention(*qkv(trains=True))
