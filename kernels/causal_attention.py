@@ -22,9 +22,10 @@ Shape of the code: forward and dq take one block of rows, its square on the diag
 Ladder, static, sm_90, d = 64, bfloat16, triton 3.8, 2026-11-30: instructions a visible pair at
     T = 256, all warps and everything outside the loops counted. Diagonal last in two masked tiles,
     searched for NaN each time, 64-bit index arithmetic: 39; as above 22, and two blocks an SM
-    where there was one (126 registers for 187). Rows in blocks of 64: 20, but K and V are read 2.5
-    times instead of 1.5; one program a head reads them once and leaves 4 of 132 SMs four warps to
-    hide behind at B·H = 128.
+    where there was one (126 registers for 187). Rows in blocks of 64: 20, but K and V are then read
+    2.5 times instead of 1.5, and L2 is the bound. One program a head would read them once; at
+    B·H = 128 each SM would hold the warps of one program. Not timed: no GPU was at hand.
+    Loads are vectors where d and the strides are multiples of 8: d = 100 spills.
 """
 
 import torch
