@@ -2,7 +2,7 @@
 
 --measure         every case of CASES, forward alone and with backward: GPU time of ours and of
     scaled_dot_product_attention, in turns; each is checked against float32 first
---write [FILE]    with --measure: the rows in which ours won, for this GPU's capability; rows of
+--write [FILE]    with --measure: the rows in which torch won, for this GPU's capability; rows of
     other capabilities stay. FILE is the table in the package by default
 --plans           the forward pass with other tiles, at the lengths of the goals: what the table of
     tiles in kernels/causal_attention.py should say
@@ -35,7 +35,7 @@ DIMS = (
 )  # fmt: skip
 WIDE = (("bfloat16", 512), ("float16", 512), ("bfloat16", 256))
 LENGTHS = (64, 128, 192, 256, 257, 320, 384, 512, 576, 577, 768, 1024, 1025, 2048)
-HEADS = ((1, 16), (8, 16), (32, 16))  # B, H; ours must win with each
+HEADS = ((1, 16), (8, 16), (32, 16))  # B, H; torch must win with each
 CASES = {  # dtypes and head dims, lengths, heads, passes
     "causal_attention": (DIMS, LENGTHS, HEADS, PASSES),
     "full_attention": (WIDE, (64, 256, 576, 1024, 4096), ((1, 1), (8, 1)), PASSES[:1]),
@@ -110,8 +110,8 @@ def check(op: str, leaves: list[torch.Tensor], what: str) -> None:
 
 
 def won(times: list[dict[str, float]]) -> bool:
-    """Whether ours was the faster one by MARGIN with every number of heads."""
-    return all(t["ours"] * MARGIN <= t["torch"] for t in times)
+    """Whether torch was the faster one by MARGIN with every number of heads."""
+    return all(t["torch"] * MARGIN <= t["ours"] for t in times)
 
 
 def ranges(wins: dict[int, bool]) -> list[tuple[int, int]]:
@@ -152,7 +152,7 @@ def measure(op: str) -> list[dict]:
                 figures = (f"{n} {t:.4f} ms ({rate / t:.0f} TFLOP/s)" for n, t in times[-1].items())
                 print(f"{case}: {', '.join(figures)}", flush=True)
             wins[T] = won(times)
-            gains[T] = min(t["torch"] / t["ours"] for t in times)
+            gains[T] = min(t["ours"] / t["torch"] for t in times)
         for low, high in ranges(wins):
             least = min(gains[T] for T in wins if low <= T <= high)
             row = {"op": op, "capability": list(capability), "dtype": dtype}
@@ -165,10 +165,10 @@ def measure(op: str) -> list[dict]:
 
 def write(path: Path, rows: list[dict]) -> None:
     """Puts rows in the place of those of this GPU's capability."""
-    kept = json.loads(path.read_text())["ours"] if path.exists() else []
+    kept = json.loads(path.read_text())["torch"] if path.exists() else []
     kept = [row for row in kept if tuple(row["capability"]) != torch.cuda.get_device_capability()]
     lines = ",\n".join(f"    {json.dumps(row)}" for row in [*kept, *rows])
-    path.write_text('{\n  "ours": [' + (f"\n{lines}\n  " if lines else "") + "]\n}\n")
+    path.write_text('{\n  "torch": [' + (f"\n{lines}\n  " if lines else "") + "]\n}\n")
 
 
 def plans() -> None:

@@ -1,4 +1,4 @@
-"""Which attention a GPU runs: ours where the table of measurements says so, else torch's. No GPU
+"""Which attention a GPU runs: torch's where the table of measurements says so, else ours. No GPU
 here, so the capability is mocked and our side is the CPU kernel."""
 
 import importlib
@@ -29,7 +29,7 @@ def torch_calls(monkeypatch):
 
     monkeypatch.delenv("VQFAST_BACKEND", raising=False)
     monkeypatch.setattr(choice, "capability", lambda t: HOPPER)
-    monkeypatch.setattr(choice, "OURS", ())
+    monkeypatch.setattr(choice, "TORCH", ())
     for op in ("causal_attention", "full_attention"):
         monkeypatch.setattr(importlib.import_module(f"vqfast.ops.{op}"), "torch_attention", record)
     return calls
@@ -37,8 +37,8 @@ def torch_calls(monkeypatch):
 
 def table(monkeypatch, tmp_path, *rows):
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"ours": rows}))
-    monkeypatch.setattr(choice, "OURS", choice.read(path))
+    path.write_text(json.dumps({"torch": rows}))
+    monkeypatch.setattr(choice, "TORCH", choice.read(path))
 
 
 def qkv(T=13, d=16, dtype=torch.float32, trains=False):
@@ -48,26 +48,35 @@ def qkv(T=13, d=16, dtype=torch.float32, trains=False):
 
 def test_the_shipped_table_is_read_and_names_measurements():
     body = json.loads(choice.TABLE.read_text())
-    assert len(choice.OURS) == len(body["ours"])
-    assert all(row["measured"] for row in body["ours"])  # device, versions, day and times
+    assert len(choice.TORCH) == len(body["torch"])
+    assert all(row["measured"] for row in body["torch"])  # device, versions, day and times
 
 
-def test_what_was_not_measured_goes_to_torch(torch_calls):
+def test_what_was_not_measured_runs_on_ours(torch_calls):
+    vqfast.causal_attention(*qkv())
+    vqfast.causal_attention(*qkv(trains=True))
+    vqfast.ops.full_attention(*qkv())
+    assert not torch_calls
+
+
+def test_a_row_runs_on_torch(torch_calls, monkeypatch, tmp_path):
+    table(monkeypatch, tmp_path, ROW)
     q, k, v = qkv()
     out = vqfast.causal_attention(q, k, v, scale=0.2)
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
     assert len(torch_calls) == 1 and torch.equal(out, right)
 
 
-def test_nothing_is_chosen_off_a_gpu(torch_calls, monkeypatch):
+def test_nothing_is_chosen_off_a_gpu(torch_calls, monkeypatch, tmp_path):
     monkeypatch.undo()
+    table(monkeypatch, tmp_path, ROW)
     assert choice.capability(torch.zeros(1)) is None
     assert not choice.takes_torch("causal_attention", *qkv())
 
 
-def test_a_row_gives_its_range_and_its_pass_to_our_kernel(torch_calls, monkeypatch, tmp_path):
+def test_a_row_gives_its_range_and_its_pass_to_torch(torch_calls, monkeypatch, tmp_path):
     table(monkeypatch, tmp_path, ROW)
-    for T, d, dtype, trains, ours in (
+    for T, d, dtype, trains, theirs in (
         (10, 16, torch.float32, False, True),
         (20, 16, torch.float32, False, True),
         (9, 16, torch.float32, False, False),
@@ -78,29 +87,37 @@ def test_a_row_gives_its_range_and_its_pass_to_our_kernel(torch_calls, monkeypat
     ):
         torch_calls.clear()
         vqfast.causal_attention(*qkv(T, d, dtype, trains))
-        assert bool(torch_calls) is not ours, (T, d, dtype, trains)
+        assert bool(torch_calls) is theirs, (T, d, dtype, trains)
     with torch.no_grad():  # leaves that ask, in a pass that does not
         torch_calls.clear()
         vqfast.causal_attention(*qkv(trains=True))
-        assert not torch_calls
+        assert torch_calls
+    torch_calls.clear()
     monkeypatch.setattr(choice, "capability", lambda t: (8, 0))
     vqfast.causal_attention(*qkv())
-    assert torch_calls
+    assert not torch_calls
 
 
 def test_each_attention_has_rows_of_its_own(torch_calls, monkeypatch, tmp_path):
+    table(monkeypatch, tmp_path, {**ROW, "op": "full_attention"})
     q, k, v = qkv()
+    vqfast.causal_attention(q, k, v)
+    assert not torch_calls
     out = vqfast.ops.full_attention(q, k, v, scale=0.3)
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
     assert len(torch_calls) == 1 and torch.equal(out, right)
-    table(monkeypatch, tmp_path, {**ROW, "op": "full_attention"})
-    vqfast.ops.full_attention(q, k, v)
-    assert len(torch_calls) == 1
-    vqfast.causal_attention(q, k, v)
-    assert len(torch_calls) == 2
 
 
-def test_info_says_so(torch_calls):
+def everywhere(monkeypatch):
+    """A table that gives everything to torch."""
+    for op in ("causal_attention", "full_attention"):
+        monkeypatch.setattr(
+            importlib.import_module(f"vqfast.ops.{op}"), "takes_torch", lambda *_: True
+        )
+
+
+def test_info_says_so(torch_calls, monkeypatch):
+    monkeypatch.setattr("vqfast._info.takes_torch", lambda *_: True)
     takes = {name: op["takes"] for name, op in vqfast.info()["ops"]["cpu"].items()}
     assert takes["causal_attention"] == takes["full_attention"] == "torch"
     assert takes["causal_attention_backward"] != "torch"
@@ -108,13 +125,14 @@ def test_info_says_so(torch_calls):
 
 def test_training_has_a_row_of_its_own(torch_calls, monkeypatch, tmp_path):
     table(monkeypatch, tmp_path, {**ROW, "pass": "training"})
-    vqfast.causal_attention(*qkv(trains=True))
-    assert not torch_calls
     vqfast.causal_attention(*qkv())
+    assert not torch_calls
+    vqfast.causal_attention(*qkv(trains=True))
     assert torch_calls
 
 
-def test_a_forced_backend_and_what_torch_may_not_take_stay_ours(torch_calls, monkeypatch):
+def test_a_forced_backend_and_what_torch_may_not_take_stay_ours(torch_calls, monkeypatch, tmp_path):
+    table(monkeypatch, tmp_path, ROW, {**ROW, "T_from": 1})
     with vqfast.backend("reference"):
         vqfast.causal_attention(*qkv())
     monkeypatch.setenv("VQFAST_BACKEND", "reference")
@@ -125,7 +143,8 @@ def test_a_forced_backend_and_what_torch_may_not_take_stay_ours(torch_calls, mon
     assert not torch_calls
 
 
-def test_gradients_go_through_torch(torch_calls):
+def test_gradients_go_through_torch(torch_calls, monkeypatch):
+    everywhere(monkeypatch)
     leaves = qkv(37, trains=True)
     up = torch.randn(1, 2, 37, 16, generator=torch.Generator().manual_seed(5))
     found = torch.autograd.grad(vqfast.causal_attention(*leaves, scale=0.3), leaves, up)
@@ -135,7 +154,8 @@ def test_gradients_go_through_torch(torch_calls):
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
-def test_the_dtype_stays_under_autocast(torch_calls):
+def test_the_dtype_stays_under_autocast(torch_calls, monkeypatch):
+    everywhere(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         assert vqfast.causal_attention(*qkv()).dtype == torch.float32
     assert torch_calls
@@ -174,7 +194,7 @@ def test_measured_lengths_become_ranges_of_won_neighbours(bench):
 
 
 def test_a_win_is_one_with_every_number_of_heads_and_by_the_margin(bench):
-    fast, slow, even = ({"ours": t, "torch": 1.0} for t in (0.9, 1.1, 1 / bench.MARGIN + 1e-3))
+    fast, slow, even = ({"torch": t, "ours": 1.0} for t in (0.9, 1.1, 1 / bench.MARGIN + 1e-3))
     assert bench.won([fast, fast])
     assert not bench.won([fast, slow]) and not bench.won([fast, even])
 

@@ -145,10 +145,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
         (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the
         future may hold NaN. Equal results from run to run and for any number of threads. A row
         whose scores are all -inf gives zeros.
-        On a GPU torch's scaled_dot_product_attention runs wherever our kernel was not measured to
-        be faster (`_attention_choice`), and its rules hold: a value of the future that isn't finite
-        may show, strides may be those of q, and gradients may differ in their last bits from run
-        to run unless torch.use_deterministic_algorithms asks otherwise. A forced backend runs ours.
+        On a GPU torch's scaled_dot_product_attention runs where it was measured to be faster
+        (`_attention_choice`), and its rules hold: a value of the future that is not finite may
+        show, strides may be those of q, and gradients may differ in their last bits from run to
+        run unless torch.use_deterministic_algorithms asks otherwise. A forced backend runs ours.
     Cost: 2·B·H·T·(T+1)·d flops, 2.5 times that backward; extra memory grows with T, never with T².
     Source: arXiv:1706.03762 section 3.2.1.
     """

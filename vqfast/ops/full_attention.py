@@ -122,8 +122,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
             number.
         ValueError: q is not 4-D, shapes or devices differ, d = 0, or scale is not finite.
 
-    Numerics: as `causal_attention`, also on a GPU, where torch runs what ours was not measured
-        to be faster at. Equal results from run to run and for any number of threads.
+    Numerics: as `causal_attention`, also where torch runs it on a GPU. Ours gives equal results
+        from run to run and for any number of threads.
     Cost: 4·B·H·T²·d flops, 2.5 times that backward; extra memory grows with T, never with T².
     Source: arXiv:1706.03762 section 3.2.1.
     """
