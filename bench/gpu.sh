@@ -128,6 +128,8 @@ done
 unset VQFAST_POISON # no filling inside timed calls
 stage decode_time 600 "$PYTHON" bench/gpu_decode.py --time --json "$OUT/decode.json"
 stage decode_profile 120 "$PYTHON" bench/gpu_decode.py --profile
+# fills the table of who runs where: bench/gpu.sh OUT attention, then OUT/attention_measured.json into vqfast/ops
+stage attention 900 "$PYTHON" bench/gpu_attention.py --plans --spatial --measure --write "$OUT/attention_measured.json"
 stage micro 600 "$PYTHON" bench/gpu_micro.py --time --json "$OUT/micro.json"
 for op in nearest nearest_quantize quantize code_stats causal_attention decode_attention group_norm_silu cross_entropy \
   sample_logits; do

@@ -145,6 +145,22 @@ def causal_attention_never_sees_the_future():
 
 
 @check
+def causal_attention_hides_the_past_from_later_keys_in_the_backward_pass():
+    """A row's q and gradient reach the keys up to it. Row 40 lies in the square of each kernel."""
+    for dtype in DTYPES:
+        q, k, v, grad = attention_data(dtype, 1, 2, 150, 32)
+        out, lse = run("causal_attention", q, k, v, 0.3)
+        right = run("causal_attention_backward", grad, q, k, v, out, lse, 0.3)
+        grad[:, :, 40, 3], q[:, :, 40, 5] = float("nan"), float("inf")
+        dq, dk, dv = run("causal_attention_backward", grad, q, k, v, out, lse, 0.3)
+        for found, clean in ((dk, right[1]), (dv, right[2])):
+            assert torch.equal(found[:, :, 41:], clean[:, :, 41:])
+            assert found[:, :, :41].isnan().any(-1).all()
+        others = [t for t in range(150) if t != 40]
+        assert torch.equal(dq[:, :, others], right[0][:, :, others])
+
+
+@check
 def causal_attention_shows_one_bad_value_to_the_rows_that_see_it():
     q, k, v, _ = attention_data(torch.float32, 1, 1, 80, 16)
     v[0, 0, 20, 3] = float("nan")
@@ -172,6 +188,33 @@ def causal_attention_of_impossible_scores_is_zero():
     q[0, 0, 5, 0], q[0, 0, :, 1:] = 1, 0
     k[0, 0, :, 1:] = 0
     out, lse = run("causal_attention", q, k, v, 1.0)
+    assert (out[0, 0, 5] == 0).all() and lse[0, 0, 5] == float("inf")
+
+
+# ---- full attention ------------------------------------------------------------------------------
+
+
+@check
+def full_attention_meets_the_budget_and_reads_packed_rows():
+    for B, H, T, d in ((2, 1, 1, 16), (1, 2, 37, 59), (2, 1, 70, 512), (1, 1, 130, 100)):
+        for scale in (0.2, -0.2, 0.0):
+            q, k, v = (normal(i + T, B, H, T, d, dtype=torch.float16) for i in range(3))
+            out, lse = within("full_attention", (q, k, v, scale), 2, f"{B} {H} {T} {d} {scale}")
+            packed = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2)  # [B, T, 3, H, d]
+            found = run("full_attention", *packed.transpose(1, 3).unbind(2), scale)
+            assert torch.equal(found[0], out) and torch.equal(found[1], lse)
+    run("full_attention", *(normal(1, 2, 2, 0, 16, dtype=torch.float16),) * 3, 0.2)
+
+
+@check
+def full_attention_shows_a_bad_value_in_every_row_and_impossible_scores_as_zeros():
+    q, k, v = (normal(i, 1, 1, 50, 16, dtype=torch.float16) for i in range(3))
+    v[0, 0, 45, 3] = float("nan")
+    out = run("full_attention", q, k, v, 0.3)[0][0, 0]
+    assert out[:, 3].isnan().all() and out[:, :3].isfinite().all()
+    q[0, 0, 5], k[0, 0, :, 0], q[0, 0, 5, 0] = 0, -float("inf"), 1
+    k[0, 0, :, 1:], q[0, 0, :, 1:] = 0, 0
+    out, lse = run("full_attention", q, k, v.nan_to_num(), 1.0)
     assert (out[0, 0, 5] == 0).all() and lse[0, 0, 5] == float("inf")
 
 

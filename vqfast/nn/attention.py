@@ -17,9 +17,9 @@ from vqfast.nn.trained_conv import Conv2d
 from vqfast.ops import full_attention
 
 # Where `full_attention` is taken: on a CPU, by dtype from this many positions on, up to WIDEST
-# channels. Elsewhere it is torch's fused attention; so on a GPU, where a head of 512 would have to
-# be split in Triton. Speed as a multiple of torch's, forward / forward and backward, C = 512 | 256,
-# CPU time of one thread of a loaded Zen 4, 2026-11-30:
+# channels. Elsewhere it is torch's fused attention; so on a GPU, until the Triton kernel of
+# `full_attention` has been measured there. Speed as a multiple of torch's, forward / forward and
+# backward, C = 512 | 256, CPU time of one thread of a loaded Zen 4, 2026-11-30:
 #
 #     T             16            64           256          1024          4096
 #     bfloat16  0.3/0.7 |     1.2/1.3 |     2.0/1.6 |     2.0/1.5 |     2.0/1.5 |

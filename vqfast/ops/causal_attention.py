@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vqfast._dispatch import Op
 from vqfast.ops._attention import outputs, outputs_backward, sample_inputs, validate, wide
+from vqfast.ops._attention_choice import takes_torch, torch_attention
 
 _CHUNK = 1 << 22  # scores that the reference holds at a time
 
@@ -144,10 +145,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
         (gradients: three times) that of torch's scaled_dot_product_attention. Slots of the
         future may hold NaN. Equal results from run to run and for any number of threads. A row
         whose scores are all -inf gives zeros.
+        On a GPU torch's scaled_dot_product_attention runs where it was measured to be faster
+        (`_attention_choice`), and its rules hold: a value of the future that is not finite may
+        show, strides may be those of q, and gradients may differ in their last bits from run to
+        run unless torch.use_deterministic_algorithms asks otherwise. A forced backend runs ours.
     Cost: 2·B·H·T·(T+1)·d flops, 2.5 times that backward; extra memory grows with T, never with T².
     Source: arXiv:1706.03762 section 3.2.1.
     """
-    return _CausalAttention.apply(q, k, v, validate(q, k, v, scale))
+    factor = validate(q, k, v, scale)
+    if takes_torch("causal_attention", q, k, v):
+        return torch_attention(q, k, v, factor, True)
+    return _CausalAttention.apply(q, k, v, factor)
 
 
 def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:

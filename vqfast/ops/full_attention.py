@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vqfast._dispatch import Op
 from vqfast.ops._attention import outputs, outputs_backward, sample_inputs, validate, wide
+from vqfast.ops._attention_choice import takes_torch, torch_attention
 
 _CHUNK = 1 << 22  # scores that the reference holds at a time
 
@@ -121,11 +122,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
             number.
         ValueError: q is not 4-D, shapes or devices differ, d = 0, or scale is not finite.
 
-    Numerics: as `causal_attention`. Equal results from run to run and for any number of threads.
+    Numerics: as `causal_attention`, also where torch runs it on a GPU. Ours gives equal results
+        from run to run and for any number of threads.
     Cost: 4·B·H·T²·d flops, 2.5 times that backward; extra memory grows with T, never with T².
     Source: arXiv:1706.03762 section 3.2.1.
     """
-    return _FullAttention.apply(q, k, v, validate(q, k, v, scale))
+    factor = validate(q, k, v, scale)
+    if takes_torch("full_attention", q, k, v):
+        return torch_attention(q, k, v, factor, False)
+    return _FullAttention.apply(q, k, v, factor)
 
 
 def sample_backward_inputs(case: Any, dtype: torch.dtype, device: str) -> tuple:
