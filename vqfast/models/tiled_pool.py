@@ -39,10 +39,10 @@ class Pool:
         self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
         """[B, C, H, W] channels_last, not initialised; in the dtype of `like` if none is given."""
-        kind = {"dtype": dtype or like.dtype, "memory_format": torch.channels_last}
-        if like.device.type != "cpu":
-            return torch.empty(shape, device=like.device, **kind)
-        return self.place(torch.empty(shape, device="meta", **kind))
+        ours = like.device.type == "cpu"
+        device, last = "meta" if ours else like.device, torch.channels_last
+        out = torch.empty(shape, dtype=dtype or like.dtype, device=device, memory_format=last)
+        return self.place(out) if ours else out
 
     def copy(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] in memory of its own."""
