@@ -16,6 +16,21 @@ from vqfast.cli import _models, _parser
 from vqfast.errors import NonFiniteError
 
 VERBS = ["sample", "reconstruct", "encode", "decode", "train", "eval", "convert", "info", "check"]
+NO_SIZES = [
+    "",
+    "0",
+    "0GB",
+    "-1",
+    "1e9",
+    "nan",
+    "2G",
+    "GB",
+    "1iB",
+    "1.5.2MB",
+    "2 G B",
+    "0x10",
+    "0.5",
+]
 
 
 def listing(folder):
@@ -75,6 +90,9 @@ def test_every_verb_explains_itself(run_cli, verb):
         (["sample", "--grid", "x.png", "-n", "100000"], "--grid"),
         (["reconstruct"], "IMAGE"),
         (["decode"], "FILE"),
+        *((["decode", "c", "--max-memory", size], "--max-memory") for size in NO_SIZES),
+        (["encode", "p.png", "--max-memory", "2GX"], "2GB, 512MiB or bytes"),
+        (["reconstruct", "p.png", "--max-memory", "0"], "at least one byte"),
         (["train"], "STAGE"),
         (["train", "tokenizer"], "CONFIG"),
         (["train", "tokenizer", "c.yaml", "--nope", "a.b=1"], "--nope"),
@@ -103,6 +121,20 @@ def test_sizes_and_classes_are_read_as_written():
     args = _parser.parse(["sample", "--size", "16x32", "--classes", "1,fish, 2"])
     assert args.size == (16, 32) and args.classes == [1, "fish", 2]
     assert _parser.parse(["sample", "--size", "64"]).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1), ("123456", 123456), ("12B", 12), ("2GB", 2 * 10**9), ("2GiB", 2 << 30),
+        ("512MiB", 512 << 20), ("512 mib", 512 << 20), ("1.5kB", 1500), ("0.5KiB", 512),
+        ("1TB", 10**12), ("0.1GB", 10**8),
+    ],
+)  # fmt: skip
+def test_memory_is_read_in_its_unit(text, size):
+    for verb in ("reconstruct", "encode", "decode"):
+        assert _parser.parse([verb, "x", "--max_memory", text]).max_memory == size
+    assert _parser.parse(["decode", "x"]).max_memory is None
 
 
 # ---- failures while running

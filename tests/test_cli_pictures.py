@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import vqfast
 from vqfast import images, metrics
 from vqfast.data.codes import open_codes
+from vqfast.models import tiled
 
 
 def pixels(path):
@@ -204,6 +205,59 @@ def test_size_resizes_and_odd_pictures_lose_a_margin(
     assert code == 0 and json.loads(out)["grids"] == [[8, 4]]
     code, _, err = run_cli("encode", odd, *model, "--size", "15x8", "--out", "c")
     assert code == 2 and complains(err, "multiples of 2")
+
+
+@pytest.fixture
+def wide_picture(tmp_path):
+    """64 x 96 pixels: more than what its bands need."""
+    rng = np.random.default_rng(0)
+    images.save_png(
+        images.array_to_image(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)), tmp_path / "w.png"
+    )
+    return tmp_path / "w.png"
+
+
+def test_little_memory_gives_the_same_pictures_and_codes(
+    run_cli, tmp_path, tiny_tokenizer, wide_picture, monkeypatch
+):
+    tok = vqfast.VQGAN.from_pretrained(tiny_tokenizer)
+    limits = [
+        tiled.least_memory(tok.encoder, (64, 96), 4), tiled.least_memory(tok.decoder, (32, 48), 4)
+    ]  # fmt: skip
+    runs = []
+    follow = tiled._Run.follow
+    monkeypatch.setattr(tiled._Run, "follow", lambda *a: (runs.append(1), follow(*a))[1])
+    model = ("--model", tiny_tokenizer)
+    least = str(max(limits))
+    for name, more in (("a", ()), ("b", ("--max-memory", least))):
+        assert run_cli("encode", wide_picture, *model, *more, "--out", f"{name}.st")[0] == 0
+        assert run_cli("decode", "a.st", *model, *more, "--out", name)[0] == 0
+        sheet = f"{name}.png"
+        assert run_cli("reconstruct", wide_picture, *model, *more, "--out", sheet)[0] == 0
+        assert len(runs) == (4 if more else 0)
+    assert torch.equal(load_file("a.st")["codes"], load_file("b.st")["codes"])
+    for a, b in (("a.png", "b.png"), ("a/000000.png", "b/000000.png")):
+        assert abs(pixels(tmp_path / a).astype(int) - pixels(tmp_path / b)).max() <= 1
+
+
+def test_too_little_memory_is_bad_usage_that_names_the_least(
+    run_cli, tmp_path, tiny_tokenizer, wide_picture
+):
+    tok = vqfast.VQGAN.from_pretrained(tiny_tokenizer)
+    encodes = tiled.least_memory(tok.encoder, (64, 96), 4)
+    decodes = tiled.least_memory(tok.decoder, (32, 48), 4)
+    model = ("--model", tiny_tokenizer)
+    assert run_cli("encode", wide_picture, *model, "--out", "a.st")[0] == 0
+    before = listing(tmp_path)
+    for verb, source, least in (
+        ("encode", wide_picture, encodes),
+        ("decode", "a.st", decodes),
+        ("reconstruct", wide_picture, max(encodes, decodes)),
+    ):
+        out = ("--out", "o")
+        code, _, err = run_cli(verb, source, *model, *out, "--max-memory", str(least - 1))
+        assert code == 2 and complains(err, f"--max-memory must be at least {least} bytes", "64x96")
+        assert listing(tmp_path) == before
 
 
 def test_codes_of_another_tokenizer_or_out_of_range_are_refused(run_cli, tmp_path, tiny_tokenizer):

@@ -1,17 +1,20 @@
 """Encode and decode in bounded memory give what the network gives for the image as a whole."""
 
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from vqfast.models import tiled, tiled_steps
 from vqfast.models.tiled_plan import Plans
-from vqfast.models.vqgan import VQGAN, VQGANConfig
-from vqfast.testing import compare, tolerances
+from vqfast.models.tiled_pool import Pool
+from vqfast.testing import compare, tokenizers, tolerances
+from vqfast.testing.tokenizers import tokenizer as make
 
-TINY = {
-    "ch": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "attn_resolutions": (16,),
-    "resolution": 32, "z_channels": 32, "n_embed": 64, "embed_dim": 8,
-}  # fmt: skip
 VARIANTS = {
     "f4": {},
     "two blocks, wide steps": {"ch_mult": (1, 1, 4), "num_res_blocks": 2},
@@ -25,20 +28,10 @@ VARIANTS = {
 }
 
 
-def make(**changes):
-    torch.manual_seed(0)
-    tok = VQGAN(VQGANConfig(**{**TINY, **changes})).eval()
-    for name, p in tok.named_parameters():
-        if p.dim() == 1:
-            p.data = 0.1 * torch.randn_like(p) + ("norm" in name and name.endswith("weight"))
-    return tok
-
-
 def images(B, config, h, w):
     """[B, C, H, W] of h x w codes; brighter towards the bottom, so that bands differ."""
-    shape, g = (B, config.in_channels, h * config.factor, w * config.factor), torch.Generator()
-    down = torch.linspace(-1, 1, shape[2])[:, None]
-    return (torch.rand(shape, generator=g.manual_seed(1)) + 2 * down) / 2
+    x = tokenizers.images(B, config, h * config.factor, w * config.factor)
+    return (x + 1) / 4 + torch.linspace(-1, 1, x.shape[2])[:, None]
 
 
 def plans(network, x):
@@ -109,7 +102,7 @@ def test_statistics_are_those_of_the_map_not_of_a_band(monkeypatch):
 
 def test_moments_survive_a_large_offset():
     x = 1e4 + torch.randn(1, 64, 37, 5, generator=torch.Generator().manual_seed(0))
-    moments = tiled_steps.Moments(32)
+    moments = tiled_steps.Moments(32, Pool(1 << 20))
     for band in x.split([1, 0, 20, 16], 2):
         moments.add(band)
     groups = x.double().reshape(32, -1)
@@ -161,3 +154,99 @@ def test_results_have_no_gradient_also_without_no_grad():
     codes = tok.encode(x, max_memory=1 << 21)
     assert not tok.decode(codes, max_memory=1 << 21).requires_grad
     assert tok.decode(codes).requires_grad
+
+
+def test_without_enough_for_bands_the_error_names_what_the_whole_needs():
+    tok = make()
+    x = images(1, tok.config, 1, 3)
+    least = tiled.least_memory(tok.encoder, (4, 12), 4)
+    assert least == plans(tok.encoder, x).whole() < plans(tok.encoder, x).least
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        tok.encode(x, max_memory=least - 1)
+    tok.encode(x, max_memory=least)
+
+
+# ---- memory
+
+
+def test_pool_gives_freed_memory_again_and_none_that_is_in_use():
+    pool, g = Pool(64 << 20), torch.Generator().manual_seed(0)
+    like, live = torch.empty(0), []
+    for i in range(300):
+        rows = int(torch.randint(1, 200, (), generator=g))
+        t = pool.empty((1, 32, rows, 256), like).fill_(i)
+        assert t.is_contiguous(memory_format=torch.channels_last)
+        live.append((i, t))
+        if sum(t.numel() * 4 for _, t in live) > 50 << 20:
+            del live[int(torch.randint(len(live), (), generator=g))]
+            del live[: len(live) // 2]
+        assert all((t == i).all() for i, t in live)
+        assert pool.mapped <= 64 << 20
+    place = t.data_ptr()
+    del t, live
+    free = pool.empty((1, 32, rows, 256), like)
+    assert free.data_ptr() == place
+
+
+def test_a_tensor_outlives_its_pool():
+    t = Pool(1 << 20).empty((1, 32, 100, 100), torch.empty(0)).fill_(3)
+    more = Pool(1 << 20).empty((1, 32, 100, 100), torch.empty(0)).fill_(4)
+    assert (t == 3).all() and (more == 4).all()
+
+
+@torch.no_grad()
+def test_poison_reaches_no_result(poison):
+    tok = make()
+    x = images(1, tok.config, 33, 7)
+    z = tok.encode_to_prequant(x)
+    got = tok.encode_to_prequant(x, max_memory=plans(tok.encoder, x).least)
+    torch.testing.assert_close(got, z, rtol=1e-3, atol=1e-4)
+    codes = torch.arange(33 * 7).view(1, 33, 7) % 64
+    least = tiled.least_memory(tok.decoder, (33, 7), 4)
+    got = tok.decode(codes, max_memory=least)
+    torch.testing.assert_close(got, tok.decode(codes), rtol=1e-3, atol=1e-4)
+
+
+CHILD = """
+import json, sys, torch
+sys.path.insert(0, {bench!r})
+from memory import resident_extra_mib
+from vqfast.models import tiled
+from vqfast.testing.tokenizers import tokenizer
+torch.set_num_threads(1)
+tok = tokenizer(ch_mult=(1, 1, 2, 2), attn_resolutions=())
+if {forgets}:
+    held, reach = [], tiled._Run._pass
+    def holding(self, hop, stop):
+        held.append(self._maps)
+        reach(self, hop, stop)
+    tiled._Run._pass = holding
+over = []
+for network, C, side in ((tok.encoder, 3, 512), (tok.decoder, 32, 64)):
+    for size in (side // 4, side):
+        x = torch.rand(1, C, size, size).to(memory_format=torch.channels_last)
+        plans = tiled.Plans(tiled.steps_of(network.parts()), (size, size), 4)
+        hops = plans.cheapest(plans.whole() * 2 // 5)
+        memory = max(map(plans._memory, hops))
+        peak = resident_extra_mib(lambda: tiled.forward(network, x, memory))
+    result = plans.shapes[-1][0]
+    over.append(peak - (memory + 4 * result[0] * result[1] * result[2]) / 2**20)
+print(json.dumps(over))
+"""
+
+
+@pytest.mark.skipif(
+    not (Path("/proc/self/clear_refs").exists() and hasattr(ctypes.CDLL(None), "malloc_trim")),
+    reason="needs Linux and glibc to read the peak",
+)
+def test_the_process_keeps_the_limit():
+    """Of maps of 32 MiB; a forgotten one costs 16 or more, packed weights take 2."""
+
+    def over(forgets):
+        bench = str(Path(__file__).resolve().parent.parent / "bench")
+        code = CHILD.format(bench=bench, forgets=forgets)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    assert max(over(False)) < 8 < min(over(True))

@@ -9,42 +9,8 @@ import torch.nn.functional as F
 import vqfast
 from vqfast.models.vqgan import PRESETS, VQGAN, VQGANConfig
 from vqfast.nn.blocks import ResBlock
-
-TINY = {
-    "ch": 32,
-    "ch_mult": (1, 2, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (16,),
-    "resolution": 32,
-    "z_channels": 32,
-    "n_embed": 64,
-    "embed_dim": 8,
-}
-
-
-def make(seed=0, **changes):
-    """A tiny tokenizer: every weight is non-trivial, the latents spread over the codebook."""
-    torch.manual_seed(seed)
-    tok = VQGAN(VQGANConfig(**{**TINY, **changes})).eval()
-    for name, p in tok.named_parameters():
-        if p.dim() == 1:
-            p.data = 0.1 * torch.randn_like(p) + ("norm" in name and name.endswith("weight"))
-    if tok.config.quantizer == "vq":
-        with torch.no_grad():
-            z = (
-                tok.encode_to_prequant(images(2, tok.config))
-                .movedim(1, -1)
-                .reshape(-1, tok.config.embed_dim)
-            )
-            code = tok.quantize.embedding.weight
-            code.copy_(z.mean(0) + z.std(0) * torch.randn_like(code))
-    return tok
-
-
-def images(B, config, height=32, width=32, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(B, config.in_channels, height, width, generator=g) * 2 - 1
-
+from vqfast.testing.tokenizers import TINY, images
+from vqfast.testing.tokenizers import tokenizer as make
 
 # ---- the network, read from the state dict alone
 

@@ -15,10 +15,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from vqfast import _native
 from vqfast.errors import BackendError
@@ -35,6 +37,7 @@ _forced: list[
 ] = []  # innermost last; process-wide, as autograd may run backward in another thread
 _logged: set[tuple[str, str, str | None]] = set()
 _warned: set[str] = set()
+_place: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("_place", default=None)
 
 
 def _known(name: str, origin: str) -> str:
@@ -67,6 +70,20 @@ def forced_backend() -> str | None:
         return _forced[-1]
     name = os.environ.get("VQFAST_BACKEND")
     return _known(name, "VQFAST_BACKEND") if name else None
+
+
+@contextlib.contextmanager
+def results_by(place: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block, C++ kernels that this thread calls write into memory that `place` finds.
+
+    Args:
+        place: a result as a meta tensor -> a tensor on the CPU of its shape, strides and dtype.
+    """
+    before = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(before)
 
 
 def poisoned() -> bool:
@@ -146,13 +163,19 @@ class Op:
         if name == "reference":
             with torch.no_grad():
                 return self.reference(*inputs)
-        outs = self.outputs(*inputs)
+        place = _place.get() if name == "cpu" else None
+        outs = self.outputs(*inputs) if place is None else self._placed(place, inputs)
         each = (outs,) if isinstance(outs, Tensor) else tuple(outs or ())
         scratch = self._scratch(name, inputs)
         for t in (*each, *scratch):
             poison(t)
         self._launcher(name)(*inputs, *each, *scratch)
         return outs
+
+    def _placed(self, place: Callable[[Tensor], Tensor], inputs: tuple) -> Any:
+        """The results in memory that `place` finds."""
+        meta = (x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
+        return tree_map_only(Tensor, place, self.outputs(*meta))
 
     def _scratch(self, name: str, inputs: tuple) -> tuple[Tensor, ...]:
         """The working memory that the kernel of a backend takes after its outputs."""

@@ -10,8 +10,17 @@ import vqfast
 from vqfast.cli._parser import UsageError
 from vqfast.errors import BackendError, CheckpointError, DataError
 from vqfast.images import load_image, to_pil, to_tensor
+from vqfast.models import tiled
 
-__all__ = ["choose_device", "model_path", "read_picture", "reconstruct", "show", "tokenizer"]
+__all__ = [
+    "choose_device",
+    "model_path",
+    "read_picture",
+    "reconstruct",
+    "refuse_memory",
+    "show",
+    "tokenizer",
+]
 
 
 def model_path(given: str | None) -> Path:
@@ -72,11 +81,36 @@ def read_picture(path: str, size: tuple[int, int] | None, factor: int) -> Tensor
     return to_tensor(image, size).unsqueeze(0)
 
 
-def reconstruct(model: "vqfast.VQGAN", x: Tensor) -> tuple[Tensor, Tensor]:
+def refuse_memory(
+    limit: int | None,
+    model: "vqfast.VQGAN",
+    size: tuple[int, int],
+    what: str,
+    *,
+    encodes: bool = False,
+    decodes: bool = False,
+) -> None:
+    """UsageError if --max-memory is less than a picture of `size` pixels, named `what`, needs."""
+    needs, (H, W), f = 0, size, model.config.factor
+    itemsize = model.decoder.conv_out.weight.element_size()
+    if encodes:
+        needs = tiled.least_memory(model.encoder, (H, W), itemsize)
+    if decodes:
+        needs = max(needs, tiled.least_memory(model.decoder, (H // f, W // f), itemsize))
+    if limit is not None and limit < needs:
+        raise UsageError(
+            f"--max-memory must be at least {needs} bytes for {what} of {H}x{W}, got {limit}"
+        )
+
+
+def reconstruct(
+    model: "vqfast.VQGAN", x: Tensor, max_memory: int | None = None
+) -> tuple[Tensor, Tensor]:
     """x [1, 3, H, W] -> its codes [1, h, w] and its reconstruction [1, 3, H, W] on the CPU."""
     with torch.inference_mode():
-        codes = model.encode(x.to(next(model.parameters()).device))
-        return codes.cpu(), model.decode(codes).float().cpu()
+        x = x.to(next(model.parameters()).device)
+        codes = model.encode(x, max_memory=max_memory)
+        return codes.cpu(), model.decode(codes, max_memory=max_memory).float().cpu()
 
 
 def show(x: Tensor) -> Tensor:

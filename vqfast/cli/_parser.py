@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, NoReturn
 
 from vqfast import __version__
@@ -57,6 +58,10 @@ class _Flags:
         self.parser.add_argument(
             "--size", type=_size, metavar="HxW", help="picture size, as 256x256 or 256"
         )
+
+    def max_memory(self) -> None:
+        about = "for what a picture takes beyond model and result, as 2GB or 512MiB: bands of rows"
+        self.parser.add_argument("--max-memory", type=_bytes, metavar="SIZE", help=about)
 
     def overwrite(self) -> None:
         self.parser.add_argument("--overwrite", action="store_true", help="replace the output")
@@ -147,6 +152,17 @@ def _size(text: str) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise argparse.ArgumentTypeError(f"must be HxW with both at least 1, got {text!r}")
     return height, width
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgt])?(i)?b)?", text, re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"must be a size as 2GB, 512MiB or bytes, got {text!r}")
+    power = " kmgt".index((match[2] or " ").lower())
+    size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be at least one byte, got {text!r}")
+    return size
 
 
 def _device(text: str) -> str:
@@ -253,7 +269,7 @@ def _reconstruct(parser: argparse.ArgumentParser) -> None:
         default="reconstruction.png",
         help="sheet of inputs and reconstructions, unscaled (reconstruction.png)",
     )
-    _Flags(parser, ["device", "overwrite", "json"])
+    _Flags(parser, ["device", "max_memory", "overwrite", "json"])
 
 
 def _encode(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +281,7 @@ def _encode(parser: argparse.ArgumentParser) -> None:
         default="codes.safetensors",
         help="one [h, w] grid of codes per image (codes.safetensors)",
     )
-    _Flags(parser, ["device", "overwrite", "json"])
+    _Flags(parser, ["device", "max_memory", "overwrite", "json"])
 
 
 def _decode(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +291,7 @@ def _decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="decoded", help="one PNG per image (decoded)"
     )
-    _Flags(parser, ["device", "overwrite", "json"])
+    _Flags(parser, ["device", "max_memory", "overwrite", "json"])
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

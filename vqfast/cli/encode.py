@@ -20,8 +20,9 @@ def run(args: argparse.Namespace) -> Report:
     grids = []
     for path in tqdm(args.images, unit="image", disable=None):
         x = _models.read_picture(path, args.size, model.config.factor)
+        _models.refuse_memory(args.max_memory, model, (x.shape[2], x.shape[3]), path, encodes=True)
         with torch.inference_mode():
-            grids.append(model.encode(x.to(device))[0].cpu())
+            grids.append(model.encode(x.to(device), max_memory=args.max_memory)[0].cpu())
     names = [printable(path) for path in args.images]
     save_codes(out, grids, n_codes=model.n_codes, encoder=encoder_digest(model), names=names)
     total = sum(grid.numel() for grid in grids)

@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> Report:
     cells, rows = [], []
     for path in tqdm(args.images, unit="image", disable=None):
         x = _models.read_picture(path, args.size, model.config.factor)
-        codes, x_hat = _models.reconstruct(model, x)
+        size = (x.shape[2], x.shape[3])
+        _models.refuse_memory(args.max_memory, model, size, path, encodes=True, decodes=True)
+        codes, x_hat = _models.reconstruct(model, x, args.max_memory)
         counts += torch.bincount(codes.flatten(), minlength=model.n_codes)
         cells += [to_pil(x[0]), to_pil(x_hat[0])]
         rows.append({"image": printable(path)} | quality(x, x_hat))

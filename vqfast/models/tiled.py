@@ -17,22 +17,26 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from vqfast import _check
+from vqfast import _check, _dispatch
 from vqfast.models.tiled_plan import Hop, Plans
-from vqfast.models.tiled_steps import Bands, Moments, Normalise, Step, Stream, steps_of
+from vqfast.models.tiled_pool import Pool, give_back_heap
+from vqfast.models.tiled_steps import Bands, Moments, Normalise, Step, Stream, pointwise, steps_of
 from vqfast.nn.attention import SpatialAttention, spatial_attention
 
-__all__ = ["forward"]
+__all__ = ["forward", "least_memory"]
+
+# bands after which what malloc holds is given back: it is a few hundred KiB more after each
+_TIDY = 16
 
 
 def forward(network: nn.Module, x: Tensor, max_memory: int) -> Tensor:
-    """network(x) without gradient, in about `max_memory` bytes; one image at a time.
+    """network(x) without gradient in `max_memory` bytes, one image at a time.
 
     Args:
         network: an Encoder or a Decoder.
         x: [B, C, H, W] as the network takes it.
-        max_memory: bytes of maps and bands beyond the weights, x and the result, by the plan; the
-            process was seen to take up to 220 MiB more at 128 channels and 1024 px. Where they
+        max_memory: bytes of maps and bands, beyond the weights, x and the result. On Linux the
+            process stays within 64 MiB more, which is for packed weights and libraries. Where they
             suffice for an image as a whole the network itself is called.
 
     Returns:
@@ -55,10 +59,26 @@ def forward(network: nn.Module, x: Tensor, max_memory: int) -> Tensor:
         if memory >= plans.whole():
             return _joined(len(x), (network(image) for image in x.split(1)))
         if memory < plans.least:
+            least = min(plans.least, plans.whole())
             needs = f"an input of {H}x{W} needs, got {memory}"
-            raise ValueError(f"max_memory must be at least {plans.least} bytes, which {needs}")
+            raise ValueError(f"max_memory must be at least {least} bytes, which {needs}")
         hops = plans.cheapest(memory)
-        return _joined(len(x), (_Run(steps, plans, image).follow(hops) for image in x.split(1)))
+        pool = Pool(memory)
+        with _dispatch.results_by(pool.place):
+            images = (_Run(steps, plans, image, pool).follow(hops) for image in x.split(1))
+            return _joined(len(x), images)
+
+
+def least_memory(network: nn.Module, size: tuple[int, int], itemsize: int) -> int:
+    """The smallest `max_memory` that `forward` takes, in bytes.
+
+    Args:
+        network: an Encoder or a Decoder.
+        size: (H, W) of its input.
+        itemsize: bytes of a value.
+    """
+    plans = Plans(steps_of(network.parts()), size, itemsize)
+    return min(plans.least, plans.whole())
 
 
 def _joined(B: int, images: Iterator[Tensor]) -> Tensor:
@@ -81,8 +101,8 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 class _Run:
     """One image on its way through the network."""
 
-    def __init__(self, steps: list[Step], plans: Plans, x: Tensor) -> None:
-        self._steps, self._plans = steps, plans
+    def __init__(self, steps: list[Step], plans: Plans, x: Tensor, pool: Pool) -> None:
+        self._steps, self._plans, self._pool = steps, plans, pool
         self._maps: Bands = [x]  # those of the state that was reached
         self._norms: dict[int, Normalise] = {}  # by the step that has them
 
@@ -99,23 +119,27 @@ class _Run:
     def _pass(self, hop: Hop, stop: int) -> None:
         """Gather the statistics of the map before step `stop`; keep the maps if the hop ends."""
         begin, ends = hop.begin, stop == hop.end
-        streams = [self._steps[k].stream(self._norms.get(k)) for k in range(begin, stop)]
+        streams = [
+            self._steps[k].stream(self._norms.get(k), self._pool) for k in range(begin, stop)
+        ]
         moments = self._moments(stop)
         kept: Bands = []
         full = [0, 0]
-        for bands, last in self._parts(self._maps, True, begin, hop.band):
+        for i, (bands, last) in enumerate(self._parts(self._maps, True, begin, hop.band)):
+            if i % _TIDY == 0:
+                give_back_heap()
             for result in self._through(streams, bands, last, begin, hop.band):
                 if moments is not None:
                     moments.add(result[0])
                 if ends:
                     kept = kept or self._room(hop, result)
-                    for i, rows in enumerate(result):
+                    for j, rows in enumerate(result):
                         n = rows.shape[2]
-                        kept[i][:, :, full[i] : full[i] + n] = rows
-                        full[i] += n
+                        kept[j][:, :, full[j] : full[j] + n] = rows
+                        full[j] += n
                 del result  # it would live while the next one is made
         if moments is not None:
-            self._norms[stop] = Normalise(self._steps[stop].norm, moments, self._maps[0].dtype)
+            self._norms[stop] = self._normalise(stop, moments)
         if ends:
             self._maps = kept
 
@@ -149,23 +173,29 @@ class _Run:
         shapes = self._plans.shapes[hop.end]
         for (C, H, W), rows in reversed(list(zip(shapes, like, strict=True))):
             fits = [t for t in free if t.shape == (1, C, H, W) and t.dtype == rows.dtype]
-            if fits and not final:
+            if final:
+                room.append(_empty((1, C, H, W), rows))
+            elif fits:
                 free = [t for t in free if t is not fits[-1]]
                 room.append(fits[-1])
             else:
-                room.append(_empty((1, C, H, W), rows))
+                room.append(self._pool.empty((1, C, H, W), rows))
         return room[::-1]
 
     def _moments(self, k: int) -> Moments | None:
         """Empty statistics for the norm of step k; None if it has none."""
         if k == len(self._steps) or self._steps[k].norm is None:
             return None
-        return Moments(self._steps[k].norm.num_groups)
+        return Moments(self._steps[k].norm.num_groups, self._pool)
+
+    def _normalise(self, k: int, moments: Moments) -> Normalise:
+        """The norm of step k by the statistics of the map before it."""
+        return Normalise(self._steps[k].norm, moments, self._maps[0].dtype, self._pool)
 
     def _attend(self, attention: SpatialAttention, hop: Hop) -> None:
         """x + attention(x), over x itself."""
         (x,), normalise = self._maps, self._norms[hop.begin]
-        k, v = torch.empty_like(x), torch.empty_like(x)
+        k, v = (self._pool.empty(tuple(x.shape), x) for _ in range(2))
         moments = self._moments(hop.end)
         bands = [
             slice(a, a + n)
@@ -174,12 +204,13 @@ class _Run:
         ]
         for rows in bands:
             h = normalise(x[:, :, rows])
-            k[:, :, rows], v[:, :, rows] = attention.k(h), attention.v(h)
+            for t, conv in ((k, attention.k), (v, attention.v)):
+                t[:, :, rows] = pointwise(conv, h, self._pool)
         for rows in bands:
             band = x[:, :, rows]
-            seen = spatial_attention(attention.q(normalise(band)), k, v)
-            band += attention.proj_out(seen)
+            q = pointwise(attention.q, normalise(band), self._pool)
+            band += pointwise(attention.proj_out, spatial_attention(q, k, v), self._pool)
             if moments is not None:
                 moments.add(band)
         if moments is not None:
-            self._norms[hop.end] = Normalise(self._steps[hop.end].norm, moments, x.dtype)
+            self._norms[hop.end] = self._normalise(hop.end, moments)

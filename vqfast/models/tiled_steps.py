@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
+from vqfast.models.tiled_pool import Pool
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
 from vqfast.ops import group_norm_silu_apply
@@ -31,13 +31,13 @@ Stream = Callable[[Bands, bool], Bands]  # the flag: these are the last ones
 class Step:
     """A piece of the network between two of its states.
 
-    `stream(normalise)` starts a pass; `normalise` is None where there is no `norm`, whose
+    `stream(normalise, pool)` starts a pass; `normalise` is None where there is no `norm`, whose
     statistics are those of the first map before the step. `before` and `after` are the channels of
     the maps, n rows of the one are n · up / down rows of the other, `macs` multiply-adds fall on a
     position after. `attention` has no stream: it needs the whole map.
     """
 
-    stream: Callable[[Normalise | None], Stream] | None
+    stream: Callable[[Normalise | None, Pool], Stream] | None
     before: tuple[int, ...]
     after: tuple[int, ...]
     macs: int
@@ -93,8 +93,8 @@ class Moments:
     order: Chan, Golub and LeVeque, doi:10.1080/00031305.1983.10483115, eq. 2.1.
     """
 
-    def __init__(self, groups: int) -> None:
-        self.groups, self.count = groups, 0
+    def __init__(self, groups: int, pool: Pool) -> None:
+        self.groups, self.count, self._pool = groups, 0, pool
         self.mean: Tensor | None = None  # [groups] float64
         self.squares: Tensor | None = None  # sum of (x - mean)^2, likewise
 
@@ -104,9 +104,10 @@ class Moments:
         if not count:
             return
         wide = torch.promote_types(band.dtype, torch.float32)
-        rows = band.movedim(1, -1).reshape(-1, C)
-        about = self._grouped(rows.mean(0, dtype=wide)).mean(1)  # [groups]
-        centred = rows - about.to(wide).repeat_interleave(C // self.groups)
+        copy = self._pool.empty(tuple(band.shape), band, wide).copy_(band)
+        centred = copy.movedim(1, -1).view(-1, C)  # [n W, C]
+        about = self._grouped(centred.mean(0)).mean(1)  # [groups]
+        centred -= about.to(wide).repeat_interleave(C // self.groups)
         rest = self._grouped(centred.sum(0)).sum(1)  # what rounding left of the mean
         squares = self._grouped(centred.square_().sum(0)).sum(1) - rest.square() / count
         mean = about.to(wide).double() + rest / count
@@ -125,9 +126,11 @@ class Moments:
 class Normalise:
     """Group normalisation by known statistics, and SiLU where the layer has it."""
 
-    def __init__(self, norm: nn.GroupNorm, moments: Moments, dtype: torch.dtype) -> None:
+    def __init__(
+        self, norm: nn.GroupNorm, moments: Moments, dtype: torch.dtype, pool: Pool
+    ) -> None:
         assert moments.mean is not None and moments.squares is not None
-        self._norm, self._silu = norm, isinstance(norm, GroupNormSiLU)
+        self._norm, self._silu, self._pool = norm, isinstance(norm, GroupNormSiLU), pool
         wide = torch.promote_types(dtype, torch.float32)
         rstd = (moments.squares / moments.count + norm.eps).rsqrt()
         self._mean, self._rstd = (t.to(wide)[None] for t in (moments.mean, rstd))  # [1, groups]
@@ -139,32 +142,64 @@ class Normalise:
             return group_norm_silu_apply(band, weight, bias, self._mean, self._rstd)
         each = self._norm.num_channels // self._norm.num_groups
         mean, rstd = (t[0].repeat_interleave(each) for t in (self._mean, self._rstd))  # [C]
-        rows = band.movedim(1, -1) - mean  # [1, n, W, C]
-        rows = torch.addcmul(bias.to(rows.dtype), rows, weight * rstd)
-        return rows.to(band.dtype).movedim(-1, 1)
+        copy = self._pool.empty(tuple(band.shape), band, mean.dtype).copy_(band)
+        rows = copy.movedim(1, -1)  # [1, n, W, C]
+        rows.sub_(mean).mul_(weight * rstd).add_(bias)
+        return (
+            copy
+            if copy.dtype == band.dtype
+            else self._pool.empty(tuple(band.shape), band).copy_(copy)
+        )
 
 
 # ---- streams
+
+# bytes of a convolution by torch, which finds memory for the result by itself
+_PIECE = 4 << 20
+
+
+def pointwise(conv: nn.Conv2d, x: Tensor, pool: Pool) -> Tensor:
+    """A 1x1 convolution of x [1, C, n, W]."""
+    _, _, n, W = x.shape
+    y = pool.empty((1, conv.out_channels, n, W), x)
+    step = max(1, _PIECE // (conv.out_channels * W * x.element_size()))
+    for i in range(0, n, step):
+        y[:, :, i : i + step] = conv(x[:, :, i : i + step])
+    return y
+
+
+def _plain(conv: nn.Conv2d, x: Tensor, pool: Pool) -> Tensor:
+    """A 3x3 convolution of padding 1 that no op computes, of x [1, C, n, W]."""
+    _, _, n, W = x.shape
+    y = pool.empty((1, conv.out_channels, n, W), x)
+    step = max(1, _PIECE // (conv.out_channels * W * x.element_size()))
+    for i in range(0, n, step):
+        top = max(i - 1, 0)
+        y[:, :, i : i + step] = conv(x[:, :, top : i + step + 1])[:, :, i - top :][:, :, :step]
+    return y
 
 
 class _Window:
     """A 3x3 convolution of padding 1, perhaps of doubled pixels, over bands."""
 
-    def __init__(self, module: nn.Module, conv: nn.Conv2d, scale: int) -> None:
+    def __init__(self, module: nn.Module, conv: nn.Conv2d, scale: int, pool: Pool) -> None:
         self._module, self._channels, self._scale = module, conv.out_channels, scale
+        self._pool = pool
         self._held: Tensor | None = None  # the last two rows, or the only one
         self._top = 0  # rows of _held whose result is out
 
     def __call__(self, band: Tensor, last: bool) -> Tensor:
-        rows = band if self._held is None else torch.cat((self._held, band), 2)
+        rows = band if self._held is None else self._pool.stacked(self._held, band)
         n, s = rows.shape[2], self._scale
         begin, end = self._top, n if last else n - 1
         # a copy: a view would keep the band, and a map that is written over would change it
-        self._held = rows[:, :, -2:].clone()
+        self._held = self._pool.copy(rows[:, :, -2:])
         if begin >= end:
             return rows.new_empty((1, self._channels, 0, s * rows.shape[3]))
         self._top = 1
-        return self._module(rows)[:, :, s * begin : s * end]
+        plain = type(self._module) is nn.Conv2d
+        y = _plain(self._module, rows, self._pool) if plain else self._module(rows)
+        return y[:, :, s * begin : s * end]
 
 
 class _Convolution:
@@ -176,9 +211,10 @@ class _Convolution:
         conv: nn.Conv2d,
         scale: int,
         normalise: Normalise | None,
+        pool: Pool,
         keeps: bool = False,
     ) -> None:
-        self._window, self._normalise = _Window(module, conv, scale), normalise
+        self._window, self._normalise = _Window(module, conv, scale, pool), normalise
         self._keeps = keeps
 
     def __call__(self, bands: Bands, last: bool) -> Bands:
@@ -190,37 +226,39 @@ class _Convolution:
 class _BlockEnd:
     """The second convolution of a block, plus the input of the block."""
 
-    def __init__(self, block: ResBlock, normalise: Normalise) -> None:
-        self._window, self._normalise = _Window(block.conv2, block.conv2, 1), normalise
-        self._shortcut = block.nin_shortcut
+    def __init__(self, block: ResBlock, normalise: Normalise, pool: Pool) -> None:
+        self._window, self._normalise = _Window(block.conv2, block.conv2, 1, pool), normalise
+        self._shortcut, self._pool = block.nin_shortcut, pool
         self._ahead: Tensor | None = None  # rows of the input whose result is not there yet
 
     def __call__(self, bands: Bands, last: bool) -> Bands:
-        x = bands[1] if self._shortcut is None else self._shortcut(bands[1])
+        x = bands[1]
+        if self._shortcut is not None:
+            x = pointwise(self._shortcut, x, self._pool)
         y = self._window(self._normalise(bands[0]), last)
         ahead = x[:, :, :0] if self._ahead is None else self._ahead
         n, first = y.shape[2], min(y.shape[2], ahead.shape[2])
         y[:, :, :first].add_(ahead[:, :, :first])
         y[:, :, first:].add_(x[:, :, : n - first])
-        self._ahead = torch.cat((ahead[:, :, first:], x[:, :, n - first :]), 2)
+        self._ahead = self._pool.stacked(ahead[:, :, first:], x[:, :, n - first :])
         return [y]
 
 
 class _Halving:
     """The convolution of stride 2; below the last row there is one of zeros."""
 
-    def __init__(self, down: Downsample, normalise: Normalise | None) -> None:
-        self._down = down
+    def __init__(self, down: Downsample, normalise: Normalise | None, pool: Pool) -> None:
+        self._down, self._pool = down, pool
         self._held: Tensor | None = None
 
     def __call__(self, bands: Bands, last: bool) -> Bands:
         (band,) = bands
-        rows = band if self._held is None else torch.cat((self._held, band), 2)
+        rows = band if self._held is None else self._pool.stacked(self._held, band)
         if last:
             return [self._down(rows)]
         n = max(0, rows.shape[2] - 1) // 2
-        self._held = rows[:, :, 2 * n :].clone()
+        self._held = self._pool.copy(rows[:, :, 2 * n :])
         if not n:
             shape = (1, self._down.conv.out_channels, 0, rows.shape[3] // 2)
             return [rows.new_empty(shape)]
-        return [self._down.conv(F.pad(rows[:, :, : 2 * n + 1], (0, 1)))]
+        return [self._down(rows[:, :, : 2 * n + 1])]  # reads no row below these
