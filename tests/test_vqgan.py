@@ -1,5 +1,6 @@
 """The VQGAN network against a plain float64 version, and what encode and decode promise."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import vqfast
+from vqfast.models import vqgan
 from vqfast.models.vqgan import PRESETS, VQGAN, VQGANConfig
 from vqfast.nn.blocks import ResBlock
+from vqfast.testing import compare, tolerances
 from vqfast.testing.tokenizers import TINY, images
 from vqfast.testing.tokenizers import tokenizer as make
 
@@ -185,6 +188,25 @@ def test_decode_takes_every_integer_type():
         for dtype in (torch.uint8, torch.int16, torch.int32):
             assert torch.equal(tok.decode(codes.to(dtype)), want)
     assert want.shape == (1, 3, 8, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("limit", [1, 3 * 32 * 32 * 32])  # all maps; those of the finest level
+def test_large_maps_go_image_by_image_to_the_same_result(limit, dtype, monkeypatch):
+    tok = make().to(dtype)
+    x, exact, sizes = images(3, tok.config).to(dtype), copy.deepcopy(tok).double(), []
+    tok.encoder.down[0].block[0].register_forward_hook(lambda *a: sizes.append(len(a[2])))
+    tok.encoder.mid["block_1"].register_forward_hook(lambda *a: sizes.append(len(a[2])))
+    with torch.no_grad():
+        codes = tok.encode(x)
+        y, z = tok.decode(codes), tok.encode_to_prequant(x)
+        exact_y, exact_z = exact.decode(codes), exact.encode_to_prequant(x.double())
+        monkeypatch.setattr(vqgan, "_LARGE_BYTES", limit * dtype.itemsize)
+        by_images = tok.encode_to_prequant(x)
+        assert sizes[4:] == ([1] * 6 if limit == 1 else [1, 1, 1, 3])
+        assert compare.budget_ratio(by_images, z, exact_z, tolerances.FORWARD) <= 1
+        assert compare.budget_ratio(tok.decode(codes), y, exact_y, tolerances.FORWARD) <= 1
+    assert tok.encode_to_prequant(x).requires_grad and sizes[-1] == 3  # with gradients, at once
 
 
 def test_an_empty_batch_is_an_empty_result():

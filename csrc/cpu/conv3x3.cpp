@@ -4,7 +4,8 @@
 //   stride 1 and padding 1. x [B, H, W, C], w [O, 3, 3, C], bias [O], r (or none) and y
 //   [B, s H, s W, O], all contiguous (NCHW tensors in channels_last order) and of one type.
 //
-// Contract: any H, W, C, O; small problems are refused, as transforming the weights would not pay.
+// Contract: any H, W, C, O; small problems are refused, as transforming the weights would not pay. Up
+//   to 16 channels go to a direct sum (direct_conv.h), the rest of this page is about more.
 //
 // Numerics: Winograd F(2x2, 3x3), or F(4x4, 3x3) for many positions and (float32) channels: y =
 //   A'[(G w G') . (B' x B)]A, each of the 16 or 36 products summed over c in blocks of kChain words
@@ -48,13 +49,16 @@
 
 #ifndef VQFAST_ISA
 namespace vqfast {
+// a direct sum, from the fewest channels on that a register tile of outputs is worth
+inline bool few_channels(const Args& a) { return a.t[0].shape[3] <= 16 && a.s[0].i == 1; }
 namespace {
 const char* why_not(const Args& a) {
   const View &x = a.t[0], &w = a.t[1];
   if (x.dtype != w.dtype || x.dtype != a.t[2].dtype) return "inputs differ in dtype";
   if (a.t[3].data && a.t[3].dtype != x.dtype) return "inputs differ in dtype";
   const int64_t positions = x.shape[1] * x.shape[2] * a.s[0].i * a.s[0].i;
-  const int64_t channels = std::min(x.shape[3], w.shape[0]);
+  const bool few = few_channels(a);
+  const int64_t channels = few ? w.shape[0] : std::min(x.shape[3], w.shape[0]);
   if (channels < 32) return "fewer than 32 channels";
   if (positions < 64) return "fewer than 64 positions of the result";
   if (positions * channels < 8192) return "too few positions for so few channels";
@@ -74,6 +78,7 @@ REFUSES(conv3x3, why_not)
 #include "winograd.h"
 #include "fixed_point.h"
 #include "winograd_products.h"
+#include "direct_conv.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -268,10 +273,11 @@ struct Conv {
       });
       const float factor = bounding_factor<kF>(stage, kStage, width, kInputNorm);
       *scale = 1.0f / factor;
+      // a word's second channel that does not exist is zero
+      const int64_t filled = std::min(first + width, words * kPer);
       for (int f = 0; f < kF; ++f)
-        each_vector(first, first + width, [&](int64_t c, int) __attribute__((always_inline)) {
-          const int written = static_cast<int>(std::min<int64_t>(kLanes, words * kPer - c));
-          put(v + f * stride + c, load(stage + f * kStage + (c - first)) * factor, written);
+        each_vector(first, filled, [&](int64_t c, int n) __attribute__((always_inline)) {
+          put(v + f * stride + c, load(stage + f * kStage + (c - first)) * factor, n);
         });
     }
   }
@@ -441,6 +447,7 @@ bool large_tiles(const Args& a) {
 
 template <class T, bool kNative>
 void run_tiles(const Args& a) {
+  if (few_channels(a)) return Direct<T, kNative>(a).run();
   if (a.s[0].i == 2) return Conv<T, T, 2, true, kNative>(a).run();
   using Factor = std::conditional_t<sizeof(T) == 4, T, int16_t>;
   if (large_tiles(a)) return Conv<T, Factor, 4, false, kNative>(a).run();

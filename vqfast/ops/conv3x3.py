@@ -5,9 +5,9 @@
 
 x' is x, or x with each pixel doubled to 2x2 (`scale` 2); r a residual, or nothing. The C++ kernel
 is Winograd's F(2x2, 3x3), 16 products for 4 outputs in place of 36 and 9 on doubled pixels, or for
-many positions F(4x4, 3x3), 36 for 16 outputs in place of 144, in bfloat16 by factors of int16. The
-reference is torch's convolution, which also serves where the kernel refuses (few positions or channels, other
-dtypes, GPUs).
+many positions F(4x4, 3x3), 36 for 16 outputs in place of 144, in bfloat16 by factors of int16; up
+to 16 channels a direct sum. The reference is torch's convolution, which also serves where the
+kernel refuses (few positions or outputs, 17 to 31 channels, other dtypes, GPUs).
 
 Cost: 18·B·H·W·C·O flops by definition (H, W of y), 2.25 or 4 times fewer by Winograd; reads x and
 w, writes y.
