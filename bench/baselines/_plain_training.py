@@ -127,7 +127,8 @@ class Step:
         # gradients of the generator's pass did not reach it: they stopped at x_hat
         d_loss.backward()
         self._update(1)
-        return {"loss": loss.detach() + self.image_loss, "disc_loss": d_loss.detach()}
+        whole = loss.detach() + self.image_loss
+        return {"loss": whole, "nll_loss": self.nll, "disc_loss": d_loss.detach()}
 
     def _update(self, which: int) -> None:
         self.optimizers[which].step()
@@ -154,7 +155,7 @@ class Step:
             for g in down
         ]
         weight = DISC_WEIGHT * (sizes[0] / (sizes[1] + 1e-4)).clamp(0, 1e4)
-        self.image_loss = (nll + weight * gan).detach()
+        self.nll, self.image_loss = nll.detach(), (nll + weight * gan).detach()
         return x_hat, codebook, (down[0] + weight * down[1]).to(x_hat.dtype)
 
 

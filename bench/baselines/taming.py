@@ -121,7 +121,8 @@ def _train_step(case: Any, config: Any, images: torch.Tensor, start: Mapping[str
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        return dict(zip(("loss", "disc_loss"), losses, strict=True))
+        loss, disc_loss = losses
+        return {"loss": loss, "nll_loss": model.logged["train/nll_loss"], "disc_loss": disc_loss}
 
     step.note = "autocast" if bf16 else ""
     step.looks_again = True
@@ -150,7 +151,9 @@ def _vqmodel(config: Any, start: Mapping[str, Any]) -> Any:
     if squeeze:
         model.loss.perceptual_loss.load_state_dict(_perceptual_state(start["perceptual"]))
     model.learning_rate = 1e-4
-    model.log = model.log_dict = lambda *_, **__: None  # there is no trainer to log to
+    # there is no trainer to log to
+    model.logged = {}
+    model.log, model.log_dict = lambda *_, **__: None, lambda d, **_: model.logged.update(d)
     return model
 
 

@@ -36,7 +36,7 @@ def forward(network: nn.Module, x: Tensor, max_memory: int) -> Tensor:
         network: an Encoder or a Decoder.
         x: [B, C, H, W] as the network takes it.
         max_memory: bytes of maps and bands, beyond the weights, x and the result. On Linux the
-            process stays within 64 MiB more, which is for packed weights and libraries. Where they
+            process took up to 47 MiB more (512 and 1024 px), packed weights above all. Where they
             suffice for an image as a whole the network itself is called.
 
     Returns:
