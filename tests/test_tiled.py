@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,23 @@ def test_the_process_keeps_the_limit():
         return json.loads(run.stdout)
 
     assert max(over(False)) < 8 < min(over(True))
+
+
+FORKING = """
+import os, torch
+from vqfast.models.tiled_pool import Pool
+block = Pool(1 << 20).empty((1, 8, 64, 64), torch.empty(0)).zero_()
+values = block.movedim(1, -1).numpy()
+child = os.fork()
+if not child:
+    values[:] = 1
+    os._exit(0)
+os.waitpid(child, 0)
+print(values.any())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_has_memory_of_its_own():
+    run = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "False", run.stderr

@@ -81,7 +81,11 @@ class Pool:
 
 
 def _mapping(size: int) -> mmap.mmap:
-    block = mmap.mmap(-1, size)
+    # private: a shared one would be the child's too after a fork, and gets no large pages
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    block = mmap.mmap(-1, size, **private)
     if size >= _LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel that was built without them
             block.madvise(mmap.MADV_HUGEPAGE)

@@ -22,9 +22,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from vqfast import _check, checkpoints
+from vqfast._dispatch import results_by
 from vqfast.checkpoints import native
 from vqfast.errors import CheckpointError
 from vqfast.models import tiled
+from vqfast.models.tiled_pool import Pool
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsample
@@ -82,25 +84,32 @@ class _Level(nn.Module):
 # Maps of this size go image by image on a CPU: glibc asks Linux for such blocks anew each time;
 # clearing them was 6 to 24 % of a bfloat16 encode of 4 images at 256 px (loaded Zen 4, 2026-11-30).
 _LARGE_BYTES = 32 << 20
+# From this size on maps lie in memory of their own, where a freed one serves the next of its size:
+# glibc 2.36 cannot give a freed aligned block out again as one of the same size.
+_POOLED_BYTES = 8 << 20
 
 
-def _large(part: nn.Module, x: Tensor) -> bool:
-    """Does `part` read or write a map of several images that is too large for all of them?"""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
+def _bytes(part: nn.Module, x: Tensor) -> int:
+    """Of an image's map, the larger one of what `part` reads and writes."""
     channels = part.out_channels if isinstance(part, nn.Conv2d) else x.shape[1]
     growth = 4 if isinstance(part, Upsample) else 1
-    written = growth * channels * x.shape[2] * x.shape[3] * x.element_size()
-    return len(x) > 1 and len(x) * max(written, x[0].nbytes) >= _LARGE_BYTES
+    return max(growth * channels * x.shape[2] * x.shape[3] * x.element_size(), x[0].nbytes)
 
 
 def _run(parts: list[nn.Module], x: Tensor) -> Tensor:
     """`parts` one after the other on x [B, C, H, W]."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        for part in parts:
+            x = part(x)
+        return x
+    pool = Pool(0)
     while parts:
-        if _large(parts[0], x):
-            x, parts = _run_by_images(parts, x)
-        else:
-            x, parts = parts[0](x), parts[1:]
+        size = len(x) * _bytes(parts[0], x) if len(x) else 0
+        with results_by(pool.place) if size >= _POOLED_BYTES else nullcontext():
+            if len(x) > 1 and size >= _LARGE_BYTES:
+                x, parts = _run_by_images(parts, x)
+            else:
+                x, parts = parts[0](x), parts[1:]
     return x
 
 
@@ -110,7 +119,7 @@ def _run_by_images(parts: list[nn.Module], x: Tensor) -> tuple[Tensor, list[nn.M
     """
     done, y = 0, x[:1]
     for part in parts:
-        if done and not _large(part, y.expand(len(x), -1, -1, -1)):
+        if done and len(x) * _bytes(part, y) < _LARGE_BYTES:
             break
         y = part(y)
         done += 1
