@@ -93,7 +93,7 @@ def test_an_opponent_that_computes_something_else_is_not_timed(bench, inputs, me
 
     judge = agreement.Judge(measure, inputs(measure), "cpu")
     if measure == "train_tokenizer":
-        judge._right_losses(False)  # known before the fault
+        judge._right_losses(False, "fp32")  # known before the fault
     right = _plain_vqgan._Residual.forward
     monkeypatch.setattr(_plain_vqgan._Residual, "forward", lambda s, x: 1.1 * right(s, x))
     judge._plain.setdefault("fp32", judge.truth if measure != "train_tokenizer" else None)
