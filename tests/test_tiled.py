@@ -269,5 +269,6 @@ print(values.any())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_memory_of_its_own():
-    run = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)
+    child = [sys.executable, "-c", FORKING]
+    run = subprocess.run(child, capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == "False", run.stderr
