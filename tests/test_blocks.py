@@ -300,6 +300,10 @@ def test_a_convolution_that_does_not_fit_is_refused_as_by_torch():
         trained_conv(x, w)
     with pytest.raises(RuntimeError, match="channels"):
         trained_conv(torch.randn(1, 7, 4, 4), w)
+    weight = torch.randn(32, 32, 3, 3)  # float32 beside bfloat16 is for autocast alone
+    for side in (4, 32):
+        with pytest.raises(RuntimeError, match="type"):
+            trained_conv3x3(torch.randn(1, 32, side, side).bfloat16(), weight, torch.zeros(32))
 
 
 def test_a_trained_convolution_can_be_added_to_in_place():

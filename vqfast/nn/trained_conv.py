@@ -53,6 +53,15 @@ def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     return tuple(t if t is None else t.to(kind) for t in (x, *others))
 
 
+def right_dtypes(x: Tensor, weight: Tensor) -> bool:
+    """The ops take x as autocast makes it beside this weight: of its dtype, or float32 beside
+    bfloat16 where autocast is on, as without it torch refuses that.
+    """
+    (given,) = as_autocast(x)
+    wide = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32
+    return given.dtype in (torch.float32, torch.bfloat16) and (wide or given.dtype == weight.dtype)
+
+
 def _few(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """x and weight, or what autocast makes of x, are for the ops."""
     fits = x.dim() == weight.dim() == 4 and x.shape[1:2] == weight.shape[1:2]
@@ -86,10 +95,9 @@ def trained_conv(
     if not _few(x, weight, stride, padding):
         x, weight, bias = as_autocast(x, weight, bias)
         return F.conv2d(x, weight, bias, stride, padding)
-    (x,) = as_autocast(x)
-    wide = (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
-    if x.dtype not in (torch.float32, torch.bfloat16) or not (wide or x.dtype == weight.dtype):
+    if not right_dtypes(x, weight):
         return F.conv2d(*as_autocast(x, weight, bias), stride, padding)
+    (x,) = as_autocast(x)
     with torch.autocast("cpu", enabled=False):
         return _Few.apply(x, weight, bias, stride, padding)
 

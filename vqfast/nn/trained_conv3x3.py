@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast.nn.trained_conv import as_autocast, trained_conv
+from vqfast.nn.trained_conv import as_autocast, right_dtypes, trained_conv
 from vqfast.ops import conv3x3, conv3x3_weight
 
 # Winograd: on fewer positions the transforms of the weights cost more than they save (2026-11-30)
@@ -81,8 +81,7 @@ def trained_conv3x3(
     """
     if x.dim() == 4 and x.shape[0] * x.shape[2] * x.shape[3] >= _LEAST_POSITIONS:
         (given,) = as_autocast(x)
-        own = weight.dtype in (given.dtype, torch.float32)
-        right = given.dtype in (torch.float32, torch.bfloat16) and own
+        right = right_dtypes(x, weight)
         if right and x.device.type == "cpu" and min(weight.shape[:2]) >= _LEAST_CHANNELS:
             same = residual is not None and residual.dtype == given.dtype
             with torch.autocast("cpu", enabled=False):
