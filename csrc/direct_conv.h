@@ -3,13 +3,11 @@
 // instruction set, after winograd_products.h.
 //
 // Numerics: sums in float32, in blocks of kChain words of the 9 C values; bias and residual are
-// added
-//   in float32 and the result rounded once. An output does not depend on B, its place in the batch,
-//   or the threads; what is not finite touches the outputs that read it.
+//   added in float32 and the result rounded once. An output does not depend on B, its place in the
+//   batch, or the threads; what is not finite touches the outputs that read it.
 //
 // Shape of the code: the values of kPositions positions are copied side by side, [position, 9 C],
-// in
-//   the order of the weights [O, 3, 3, C]; they, the weights and the sums stay in L1.
+//   in the order of the weights [O, 3, 3, C]; they, the weights and the sums stay in L1.
 
 namespace vqfast::VQFAST_ISA {
 namespace {
