@@ -1,6 +1,6 @@
 // A 3x3 convolution of so few channels that transforms would not pay: of 9 C values around each
 // position the product with the weights. No include guard: a kernel file includes it once per
-// instruction set, after winograd_products.h.
+// instruction set, after panel_products.h.
 //
 // Numerics: sums in float32, in blocks of kChain words of the 9 C values; bias and residual are
 //   added in float32 and the result rounded once. An output does not depend on B, its place in the

@@ -2,7 +2,7 @@
 //     y [P, O] = X [P, K] W',  dX = g W,  dW = g' X,   K = side * side * C,
 // row p of X holds the neighbours of position p of y beside each other, in the order of the weight
 // W [O, side, side, C]. No include guard: a kernel file includes it once per instruction set, after
-// winograd_products.h, whose words and panels these are.
+// panel_products.h, whose words and panels these are.
 
 namespace vqfast::VQFAST_ISA {
 namespace {
@@ -69,41 +69,9 @@ struct Few {
   }
 };
 
-// m [kR, kWide] = v u, or +=, as multiply. Meanwhile one line of memory is asked for with each
-// word: rows of a weight lie too far apart for the prefetcher of the CPU, and more requests at a
-// time than the CPU has buffers for would halt it.
-template <class T, bool kNative, int kR>
-__attribute__((noinline)) void multiply_asking(const int32_t* v, int64_t stride, const int32_t* u,
-                                               int64_t n, bool add, float* m,
-                                               const void* const* lines) {
-  VF low[kR], high[kR];
-#pragma GCC unroll 12
-  for (int r = 0; r < kR; ++r) low[r] = high[r] = VF{};
-  for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
-    __builtin_prefetch(lines[k]);
-    const VI u0 = load_int(u), u1 = load_int(u + kLanes);
-    const int32_t* row = v;
-#pragma GCC unroll 12
-    for (int r = 0; r < kR; ++r, row += stride) {
-      const VI each = every_lane(row);
-      if constexpr (sizeof(T) == 2) {
-        low[r] = dot2<kNative>(low[r], u0, each);
-        high[r] = dot2<kNative>(high[r], u1, each);
-      } else {
-        low[r] = fma((VF)each, (VF)u0, low[r]);
-        high[r] = fma((VF)each, (VF)u1, high[r]);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kR; ++r) {
-    float* to = m + r * kWide;
-    store(to, add ? load(to) + low[r] : low[r]);
-    store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
-  }
-}
-
-// The lines of memory that are read after the next products.
+// The lines of memory that are read after the next products, which ask for them word by word: rows
+// of a weight lie too far apart for the prefetcher of the CPU, and more requests at a time than the
+// CPU has buffers for would halt it.
 struct Ahead {
   std::vector<const void*> lines;
   size_t asked = 0;
@@ -129,7 +97,7 @@ void multiply_few(const int32_t* v, int64_t stride, int64_t rows, const int32_t*
       multiply_rows<T, kNative>(v, stride, std::min<int64_t>(kRows, rows - t), u, n, add, m);
       continue;
     }
-    multiply_asking<T, kNative, kRows>(v, stride, u, n, add, m, ahead.lines.data() + ahead.asked);
+    multiply<T, kNative, kRows, true>(v, stride, u, n, add, m, ahead.lines.data() + ahead.asked);
     ahead.asked += static_cast<size_t>(n);
   }
 }

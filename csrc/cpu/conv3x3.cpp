@@ -77,7 +77,7 @@ REFUSES(conv3x3, why_not)
 #include "rounded_store.h"
 #include "winograd.h"
 #include "fixed_point.h"
-#include "winograd_products.h"
+#include "panel_products.h"
 #include "direct_conv.h"
 // clang-format on
 

@@ -58,7 +58,7 @@ REFUSES(conv3x3_down, why_not_down)
 #include "simd.h"
 #include "dot.h"
 #include "rounded_store.h"
-#include "winograd_products.h"
+#include "panel_products.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {

@@ -47,7 +47,7 @@ REFUSES(conv_few, why_not_few)
 #include "simd.h"
 #include "dot.h"
 #include "rounded_store.h"
-#include "winograd_products.h"
+#include "panel_products.h"
 #include "few_positions.h"
 // clang-format on
 

@@ -1,16 +1,17 @@
-// What convolutions by Winograd share: the products between their transforms. No include guard: a
-// kernel file includes it once per instruction set, after simd.h and dot.h.
+// Products of rows of words with a panel of 2 kLanes columns, which all convolutions but the
+// gradient of conv3x3 end in: rows are transformed tiles of Winograd, positions with their
+// neighbours, or outputs. No include guard: a kernel file includes it once per instruction set,
+// after simd.h and dot.h.
 //
-// A word is 4 bytes of channels: one of float32, two of bfloat16 or int16 (0 for a second one that
-// does not exist). Rows are tiles of the input, columns are outputs; kNative: has_avx512_bf16() in
-// kernel.h.
+// A word is 4 bytes of what is summed over: one value in float32, two in bfloat16 or int16 (0 for a
+// second one that does not exist). kNative: has_avx512_bf16() in kernel.h.
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
-constexpr int kWide = 2 * kLanes;             // outputs of a register tile
-constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles of a register tile
-constexpr int64_t kChain = 64;                // words of one chain; its weights fit L1
+constexpr int kWide = 2 * kLanes;             // columns of a panel and of a register tile
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // rows of a register tile
+constexpr int64_t kChain = 64;                // words of one chain; its part of a panel fits L1
 
 // [kLanes, kLanes] words -> transposed, n rows of it, kWide apart
 inline void transpose(const int32_t* from, int64_t n, int32_t* to) {
@@ -35,17 +36,21 @@ inline void transpose(const int32_t* from, int64_t n, int32_t* to) {
 }
 
 // m [kR, kWide] = v [kR, n of words] u [n, kWide], or += if add; of int16 each row times its scale.
-// Every loop over the rows is unrolled by hand, the first one too: one that is not keeps the sums
-// in memory.
-template <class F, bool kNative, int kR>
-__attribute__((noinline)) void multiply(const int32_t* v, int64_t words, const int32_t* u,
-                                        int64_t n, bool add, float* m, const float* scale) {
+// kAsks: with each word one line of memory is asked for. extra: scale [kR], or lines [n]. Every
+// loop over the rows is unrolled by hand, the first one too: one that is not keeps the sums in
+// memory.
+template <class F, bool kNative, int kR, bool kAsks = false>
+__attribute__((noinline)) void multiply(
+    const int32_t* v, int64_t words, const int32_t* u, int64_t n, bool add, float* m,
+    const std::conditional_t<kAsks, const void*, float>* extra) {
   constexpr bool kFixed = std::is_same_v<F, int16_t>;
+  static_assert(!(kFixed && kAsks));
   using Sum = std::conditional_t<kFixed, VI, VF>;
   Sum low[kR], high[kR];
 #pragma GCC unroll 12
   for (int r = 0; r < kR; ++r) low[r] = high[r] = Sum{};
   for (int64_t k = 0; k < n; ++k, ++v, u += kWide) {
+    if constexpr (kAsks) __builtin_prefetch(extra[k]);
     const VI u0 = load_int(u), u1 = load_int(u + kLanes);
     const int32_t* row = v;
 #pragma GCC unroll 12
@@ -68,8 +73,8 @@ __attribute__((noinline)) void multiply(const int32_t* v, int64_t words, const i
     float* to = m + r * kWide;
     VF left, right;
     if constexpr (kFixed) {
-      left = __builtin_convertvector(low[r], VF) * scale[r];
-      right = __builtin_convertvector(high[r], VF) * scale[r];
+      left = __builtin_convertvector(low[r], VF) * extra[r];
+      right = __builtin_convertvector(high[r], VF) * extra[r];
     } else {
       left = low[r];
       right = high[r];
