@@ -78,6 +78,7 @@ REFUSES(conv3x3, why_not)
 #include "winograd.h"
 #include "fixed_point.h"
 #include "panel_products.h"
+#include "transformed_panel.h"
 #include "direct_conv.h"
 // clang-format on
 
@@ -86,9 +87,6 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 << 10;  // of V; the rest of L2 holds weights and products
 constexpr int64_t kFewBytes = 2 << 20;      // V of all tiles: packing all weights does not pay
-// Frequency to frequency of a tile of weights; a vector of padding here and below: a power of two
-// apart they would share cache sets.
-constexpr int64_t kTile = kWide * kLanes + 16;
 
 // kOut x kOut outputs of a tile. F: what the factors are rounded to, T or int16_t. kDoubled: the
 // pixels of x are doubled. kNative: vdpbf16ps and its rounding are there.
@@ -161,36 +159,26 @@ struct Conv {
     }
   }
 
-  // words [from, from + kLanes) of the transformed weights of one panel -> tile [kF, kTile]
-  void transform_weights(int64_t panel, int64_t from, int32_t* tile) const {
-    for (int o = 0; o < kWide; ++o)
-      for (int part = 0; part < kPer; ++part) {
-        const int64_t c = from * kPer + part * kLanes, row = panel * kWide + o;
-        const int n = row < O ? static_cast<int>(std::clamp<int64_t>(C - c, 0, kLanes)) : 0;
-        F* to = reinterpret_cast<F*>(tile + o * kLanes) + part * kLanes;
-        VF factor{};
-        if constexpr (kFixed)
-          if (n) factor = load(balance.inverse.get() + c) * balance.output[row];
-        const auto store_each = [&](int f, VF u) __attribute__((always_inline)) {
-          put(to + f * kTile * kPer, kFixed ? u * factor : u, kLanes);
-        };
-        if (n == kLanes)
-          each_weight(w + row * 9 * C + c, kLanes, store_each);
-        else
-          each_weight(w + row * 9 * C + c, n, store_each);
-      }
+  // G g G' of n channels of one output -> to[f * kTile words]
+  VQFAST_INLINE void transform_weight(int64_t o, int64_t c, int n, F* to) const {
+    const T* from = w + o * 9 * C + c;
+    VF factor{};
+    if constexpr (kFixed)
+      if (n) factor = load(balance.inverse.get() + c) * balance.output[o];
+    const auto store_each = [&](int f, VF u) __attribute__((always_inline)) {
+      put(to + f * kTile * kPer, kFixed ? u * factor : u, kLanes);
+    };
+    if (n == kLanes)
+      each_weight(from, kLanes, store_each);
+    else
+      each_weight(from, n, store_each);
   }
 
   // G g G' of the weights of one panel -> packed [kF, words, kWide]
   void pack(int64_t panel, int32_t* tile, int32_t* packed) const {
-    for (int64_t from = 0; from < words; from += kLanes) {
-      transform_weights(panel, from, tile);
-      const int64_t n = std::min<int64_t>(kLanes, words - from);
-      for (int f = 0; f < kF; ++f)
-        for (int half = 0; half < kWide; half += kLanes)
-          transpose(tile + f * kTile + half * kLanes, n,
-                    packed + (f * words + from) * kWide + half);
-    }
+    const auto transform = [&](int64_t o, int64_t c, int n, F* to)
+                               __attribute__((always_inline)) { transform_weight(o, c, n, to); };
+    pack_panel<kF, F>(panel, O, C, tile, packed, transform);
   }
 
   using Window = const T* [kTaps][kTaps];

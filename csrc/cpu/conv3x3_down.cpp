@@ -59,6 +59,7 @@ REFUSES(conv3x3_down, why_not_down)
 #include "dot.h"
 #include "rounded_store.h"
 #include "panel_products.h"
+#include "transformed_panel.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -66,9 +67,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 << 10;  // of V; the rest of L2 holds weights and products
 constexpr int64_t kSub = 48;                // tiles of a block whose products are held at a time
-// Sum to sum of the products, weight to weight of a tile. A vector of padding: a power of two apart
-// they would share cache sets.
-constexpr int64_t kProducts = kSub * kWide + 16, kTile = kWide * kLanes + 16;
+// Sum to sum of the products; a vector of padding: a power of two apart they would share cache
+// sets.
+constexpr int64_t kProducts = kSub * kWide + 16;
 
 constexpr int kInputs = 5, kWeights = 4, kSums = 3;  // along one axis
 // of each transformed input its weight and its sum; the inputs of a sum stand side by side
@@ -113,7 +114,8 @@ struct Down {
   VQFAST_INLINE static void put(T* p, VF v, int n) { store_rounded<kNative>(p, v, n); }
 
   // the weights of n channels of one output -> to[(i * kWeights + j) * kTile words]
-  VQFAST_INLINE void transform_weight(const T* from, int n, T* to) const {
+  VQFAST_INLINE void transform_weight(int64_t o, int64_t c, int n, T* to) const {
+    const T* from = w + o * 9 * C + c;
     VF g[3][kWeights];
 #pragma GCC unroll 3
     for (int p = 0; p < 3; ++p) {
@@ -135,20 +137,9 @@ struct Down {
 
   // transformed weights of one panel -> packed [16, words, kWide]
   void pack(int64_t panel, int32_t* tile, int32_t* packed) const {
-    for (int64_t from = 0; from < words; from += kLanes) {
-      for (int o = 0; o < kWide; ++o)
-        for (int part = 0; part < kPer; ++part) {
-          const int64_t c = from * kPer + part * kLanes, row = panel * kWide + o;
-          const int n = row < O ? static_cast<int>(std::clamp<int64_t>(C - c, 0, kLanes)) : 0;
-          transform_weight(w + row * 9 * C + c, n,
-                           reinterpret_cast<T*>(tile + o * kLanes) + part * kLanes);
-        }
-      const int64_t n = std::min<int64_t>(kLanes, words - from);
-      for (int f = 0; f < kWeights * kWeights; ++f)
-        for (int half = 0; half < kWide; half += kLanes)
-          transpose(tile + f * kTile + half * kLanes, n,
-                    packed + (f * words + from) * kWide + half);
-    }
+    const auto transform = [&](int64_t o, int64_t c, int n, T* to)
+                               __attribute__((always_inline)) { transform_weight(o, c, n, to); };
+    pack_panel<kWeights * kWeights, T>(panel, O, C, tile, packed, transform);
   }
 
   VQFAST_INLINE static void combine(VF* t, const VF* d) {
