@@ -110,8 +110,8 @@ std::string refuse(const std::string& name, const py::list& tensors, const py::l
   if (!fn) return "";
   const auto views = read_views(tensors);
   const auto scalars = read_scalars(numbers);
-  const char* reason = fn({views.data(), static_cast<int>(views.size()), scalars.data(),
-                           static_cast<int>(scalars.size()), 1});
+  const char* reason = fn({{views.data(), static_cast<int>(views.size())},
+                           {scalars.data(), static_cast<int>(scalars.size())}});
   return reason ? reason : "";
 }
 
@@ -147,6 +147,11 @@ RegisterKernel::RegisterKernel(const char* name, const char* signature, Isa isa,
 }
 
 RegisterRefusal::RegisterRefusal(const char* name, RefuseFn fn) { registry()[name].refuse = fn; }
+
+void no_such_input(int i, int size) {
+  throw std::out_of_range("a refusal reads input " + std::to_string(i) + " of " +
+                          std::to_string(size));
+}
 
 void run_kernel(const char* name, const Args& args) { function_of(name)(args); }
 

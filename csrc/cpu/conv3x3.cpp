@@ -50,14 +50,16 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 // a direct sum, from the fewest channels on that a register tile of outputs is worth
-inline bool few_channels(const Args& a) { return a.t[0].shape[3] <= 16 && a.s[0].i == 1; }
+inline bool few_channels(const View& x, const Scalar& scale) {
+  return x.shape[3] <= 16 && scale.i == 1;
+}
 namespace {
-const char* why_not(const Args& a) {
+const char* why_not(const Inputs& a) {
   const View &x = a.t[0], &w = a.t[1];
   if (x.dtype != w.dtype || x.dtype != a.t[2].dtype) return "inputs differ in dtype";
   if (a.t[3].data && a.t[3].dtype != x.dtype) return "inputs differ in dtype";
   const int64_t positions = x.shape[1] * x.shape[2] * a.s[0].i * a.s[0].i;
-  const bool few = few_channels(a);
+  const bool few = few_channels(x, a.s[0]);
   const int64_t channels = few ? w.shape[0] : std::min(x.shape[3], w.shape[0]);
   if (channels < 32) return "fewer than 32 channels";
   if (positions < 64) return "fewer than 64 positions of the result";
@@ -435,7 +437,7 @@ bool large_tiles(const Args& a) {
 
 template <class T, bool kNative>
 void run_tiles(const Args& a) {
-  if (few_channels(a)) return Direct<T, kNative>(a).run();
+  if (few_channels(a.t[0], a.s[0])) return Direct<T, kNative>(a).run();
   if (a.s[0].i == 2) return Conv<T, T, 2, true, kNative>(a).run();
   using Factor = std::conditional_t<sizeof(T) == 4, T, int16_t>;
   if (large_tiles(a)) return Conv<T, Factor, 4, false, kNative>(a).run();

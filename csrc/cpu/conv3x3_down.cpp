@@ -36,7 +36,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not_down(const Args& a) {
+const char* why_not_down(const Inputs& a) {
   const View &x = a.t[0], &w = a.t[1];
   if (x.dtype != w.dtype || x.dtype != a.t[2].dtype) return "inputs differ in dtype";
   const int64_t positions = (x.shape[1] / 2) * (x.shape[2] / 2);

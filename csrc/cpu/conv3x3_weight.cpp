@@ -31,7 +31,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not(const Args& a) {
+const char* why_not(const Inputs& a) {
   const View &x = a.t[0], &g = a.t[1];
   if (x.dtype != g.dtype) return "inputs differ in dtype";
   if (x.shape[0] * x.shape[1] * x.shape[2] < 1024) return "fewer than 1024 positions";

@@ -27,7 +27,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not_few(const Args& a) {
+const char* why_not_few(const Inputs& a) {
   const View &x = a.t[0], &w = a.t[1], &bias = a.t[2];
   const auto side = [&](int64_t n) { return (n + 2 * a.s[1].i - w.shape[1]) / a.s[0].i + 1; };
   if (w.dtype != x.dtype && w.dtype != DType::f32) return "x and weight differ in dtype";

@@ -26,7 +26,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not_few(const Args& a) {
+const char* why_not_few(const Inputs& a) {
   const View &g = a.t[0], &w = a.t[1];
   if (w.dtype != g.dtype && w.dtype != DType::f32) return "gradient and weight differ in dtype";
   if (g.shape[0] * g.shape[1] * g.shape[2] > 1024) return "more than 1024 positions";

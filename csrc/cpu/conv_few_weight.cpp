@@ -29,7 +29,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not_few(const Args& a) {
+const char* why_not_few(const Inputs& a) {
   const View &x = a.t[0], &g = a.t[1];
   if (x.dtype != g.dtype) return "inputs differ in dtype";
   if (g.shape[0] * g.shape[1] * g.shape[2] > 1024) return "more than 1024 positions";

@@ -11,7 +11,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not(const Args& a) {
+const char* why_not(const Inputs& a) {
   return a.t[0].shape[3] > 512 ? "head dimension above 512" : nullptr;
 }
 }  // namespace

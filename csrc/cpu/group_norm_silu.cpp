@@ -27,7 +27,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not(const Args& a) { return group_norm::layout_refusal(a.t[0]); }
+const char* why_not(const Inputs& a) { return group_norm::layout_refusal(a.t[0]); }
 }  // namespace
 REFUSES(group_norm_silu, why_not)
 REFUSES(group_norm_silu_apply, why_not)

@@ -25,7 +25,7 @@
 #ifndef VQFAST_ISA
 namespace vqfast {
 namespace {
-const char* why_not(const Args& a) {
+const char* why_not(const Inputs& a) {
   const View &grad = a.t[0], &x = a.t[1];
   if (grad.dtype != x.dtype) return "grad and x differ in dtype";
   if (const char* why = group_norm::layout_refusal(x)) return why;
