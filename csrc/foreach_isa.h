@@ -1,13 +1,14 @@
 // Compiles the file that includes this header once per instruction set, each copy in its own
-//namespace. 
-//   #include <cmath>                               // 1. system headers and kernel.h, before any
-//   target pragma #include "kernel.h"
+// namespace.
+//
+//   #include <cmath>                          // 1. system headers and kernel.h, before any target
+//   #include "kernel.h"                       //    pragma
 //   #include "parallel.h"
-//   #define VQFAST_THIS_FILE "cpu/my_op.cpp"       // 2. this very file, relative to csrc
-//   #include "foreach_isa.h"                       // 3. re-includes it for avx512_vnni, avx512 and
-//   avx2 #include "simd.h"                              // 4. vectors of VQFAST_LANES floats, per
-//   instruction set namespace vqfast::VQFAST_ISA {                 // 5. the code; the last copy is
-//   `base`, plain C++ for the target void run(const Args& a) { ... }
+//   #define VQFAST_THIS_FILE "cpu/my_op.cpp"  // 2. this very file, relative to csrc
+//   #include "foreach_isa.h"                  // 3. re-includes it for avx512_vnni, avx512 and avx2
+//   #include "simd.h"                         // 4. vectors of VQFAST_LANES floats
+//   namespace vqfast::VQFAST_ISA {            // 5. the code; the last copy is `base`, plain C++
+//   void run(const Args& a) { ... }           //    for the target
 //   KERNEL(my_op, "f32 -> f32", run)
 //   }
 //

@@ -1,5 +1,6 @@
 // parallel_for over row blocks: a partition that depends on (threads, n, grain) alone, safe after
-//fork. 
+// fork.
+//
 // GNU OpenMP does not survive fork, so a forked child (a DataLoader worker) runs serially. Results
 // must not depend on the partition: every kernel writes each output row from one thread, in one
 // order.

@@ -1,12 +1,10 @@
 // Computes: y[b, i, j, o] = bias[o] + sum_{p, q, c} x[b, 2 i + p, 2 j + q, c] w[o, p, q, c], p and
-// q
-//   in 0..2, x zero below and to the right of it: a 3x3 convolution of stride 2. x [B, H, W, C],
+//   q in 0..2, x zero below and to the right of it: a 3x3 convolution of stride 2. x [B, H, W, C],
 //   w [O, 3, 3, C], bias [O], y [B, H / 2, W / 2, O], all contiguous (NCHW tensors in channels_last
 //   order) and of one type.
 //
 // Contract: any H and W from 2 on, any C, O; small problems are refused, as transforming the
-// weights
-//   would not pay.
+//   weights would not pay.
 //
 // Numerics: along one axis, two outputs from five pixels x0 .. x4:
 //     a0 = w0 (x0 - x2) + w1 x1,   a1 = (w0 + w2) x2,   a2 = w2 (x4 - x2) + w1 x3,
@@ -18,10 +16,9 @@
 //   tile. An output does not depend on B, its place in the batch, or the threads.
 //
 // Shape of the code: 25 C O / 4 multiply-adds per output in place of 9 C O: 1.44 times fewer. The
-// 25
-//   products of a tile meet 16 different weights and end in 9 sums, of which the outputs are made.
-//   A thread takes blocks of tiles: their transformed inputs V [25, tiles, C] stay in L2 while
-//   panels of 2 kLanes outputs pass by, packed [panel, 16, C, 2 kLanes].
+//   25 products of a tile meet 16 different weights and end in 9 sums, of which the outputs are
+//   made. A thread takes blocks of tiles: their transformed inputs V [25, tiles, C] stay in L2
+//   while panels of 2 kLanes outputs pass by, packed [panel, 16, C, 2 kLanes].
 //
 // Ladder: 1 thread of Zen 4, 2026-11-30, against a padded copy and oneDNN: 128 channels at 256px
 //   bfloat16 18.5 ms (25.3), float32 36 (66); 256 at 32px 1.2 (1.6) and 2.8 (3.4). With 512

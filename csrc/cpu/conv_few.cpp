@@ -1,7 +1,6 @@
 // Computes: y[b, i, j, o] = bias[o] + sum_{p, q, c} w[o, p, q, c] x[b, s i + p - d, s j + q - d,
-// c],
-//   x zero outside: a convolution of stride s = s[0] and padding d = s[1] on few positions of y.
-//   x [B, H, W, C], w [O, side, side, C], bias [O] or none, y [B, h, w, O], all contiguous (NCHW
+//   c], x zero outside: a convolution of stride s = s[0] and padding d = s[1] on few positions of
+//   y. x [B, H, W, C], w [O, side, side, C], bias [O] or none, y [B, h, w, O], all contiguous (NCHW
 //   tensors in channels_last order). w and bias are of one type, that of x, or float32 with x and y
 //   in bfloat16.
 //
@@ -70,8 +69,8 @@ struct Conv : Few {
         bias(a.t[2].as<From>()),
         y(a.t[3].as<T>()) {}
 
-  // kChain words from k on of a panel of weights, rounded -> staged [kChain / kLanes, kWide, kLanes];
-  // zeros where there are none
+  // kChain words from k on of a panel of weights, rounded -> staged [kChain / kLanes, kWide,
+  // kLanes]; zeros where there are none
   void stage(int64_t panel, int64_t k, int32_t* staged) const {
     for (int64_t r = 0; r < kWide; ++r) {
       const int64_t row = panel * kWide + r;
