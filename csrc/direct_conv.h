@@ -1,6 +1,6 @@
 // A 3x3 convolution of so few channels that transforms would not pay: of 9 C values around each
 // position the product with the weights. No include guard: a kernel file includes it once per
-// instruction set, after panel_products.h.
+// instruction set, after channel_moments.h.
 //
 // Numerics: sums in float32, in blocks of kChain words of the 9 C values; bias and residual are
 //   added in float32 and the result rounded once. An output does not depend on B, its place in the
@@ -17,25 +17,31 @@ struct Direct {
   static constexpr int kPer = 4 / sizeof(T);  // values to a word
   static constexpr int64_t kPositions = 48;   // a multiple of kRows
 
-  int64_t H, W, C, O, words, positions, panels;
+  // positions of an image that a thread takes at a time, and whose moments are one part
+  static constexpr int64_t kRun = 16 * kPositions;
+
+  int64_t B, H, W, C, O, words, positions, panels;
   int threads;
   const T *x, *w, *bias, *residual;
   T* y;
+  Statistics* statistics;  // of y, or null
 
-  explicit Direct(const Args& a)
-      : H(a.t[0].shape[1]),
+  Direct(const Args& a, Statistics* statistics)
+      : B(a.t[0].shape[0]),
+        H(a.t[0].shape[1]),
         W(a.t[0].shape[2]),
         C(a.t[0].shape[3]),
         O(a.t[1].shape[0]),
         words((9 * C + kPer - 1) / kPer),
-        positions(a.t[0].shape[0] * H * W),
+        positions(H * W),
         panels((O + kWide - 1) / kWide),
         threads(a.threads),
         x(a.t[0].as<T>()),
         w(a.t[1].as<T>()),
         bias(a.t[2].as<T>()),
         residual(a.t[3].as<T>()),
-        y(a.t[4].as<T>()) {}
+        y(a.t[4].as<T>()),
+        statistics(statistics) {}
 
   // weights -> packed [panel, words, kWide]; zeros where there is no output or value
   Scratch<int32_t> pack() const {
@@ -76,41 +82,62 @@ struct Direct {
     }
   }
 
-  // sums m [count, kWide] of one panel, plus bias and residual -> y
-  void finish(const float* m, int64_t begin, int64_t count, int64_t panel) const {
+  // sums m [count, kWide] of one panel, plus bias and residual -> y and, unless it is null, moments
+  void finish(const float* m, int64_t begin, int64_t count, int64_t panel,
+              ChannelMoments* moments) const {
     for (int64_t o = panel * kWide; o < std::min(O, (panel + 1) * kWide); o += kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, O - o));
       const VF b = load_n(bias + o, n);
+      VF written[kPositions];
       for (int64_t t = 0; t < count; ++t) {
         const int64_t to = (begin + t) * O + o;
-        const VF sum = load(m + t * kWide + o - panel * kWide) + b;
-        store_rounded<kNative>(y + to, residual ? sum + load_n(residual + to, n) : sum, n);
+        VF v = load(m + t * kWide + o - panel * kWide) + b;
+        if (residual) v += load_n(residual + to, n);
+        store_rounded<kNative>(y + to, v, n);
+        if (moments) written[t] = rounded<kNative, T>(v);
+      }
+      if (moments) moments->merge(o % kWide, written, static_cast<int>(count));
+    }
+    if (moments) moments->counted(static_cast<int>(count));
+  }
+
+  // positions [from, to) of all images, which are of one image
+  void run_part(int64_t from, int64_t to, const int32_t* packed, int32_t* rows, float* m) const {
+    for (int64_t begin = from; begin < to; begin += kPositions) {
+      const int64_t n = std::min(kPositions, to - begin);
+      if (C == 3)
+        gather<3>(begin, n, rows);
+      else
+        gather<0>(begin, n, rows);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int32_t* u = packed + panel * words * kWide;
+        for (int64_t k = 0; k < words; k += kChain)
+          multiply_rows<T, kNative>(rows + k, words, n, u + k * kWide, std::min(kChain, words - k),
+                                    k > 0, m);
+        ChannelMoments* moments = nullptr;
+        if (statistics)
+          moments = statistics->at(begin / positions, begin % positions / kRun, panel);
+        finish(m, begin, n, panel, moments);
       }
     }
   }
 
   void run() const {
-    prefer_large_pages(y, static_cast<size_t>(positions * O) * sizeof(T));
+    prefer_large_pages(y, static_cast<size_t>(B * positions * O) * sizeof(T));
     const auto packed = pack();
-    parallel_for(threads, positions, kPositions, [&](int64_t from, int64_t to) {
+    const int64_t parts = (positions + kRun - 1) / kRun;
+    if (statistics) statistics->make_room(parts);
+    parallel_for(threads, B * parts, 1, [&](int64_t from, int64_t to) {
       const auto rows = scratch<int32_t>(kPositions * words);
       const auto m = scratch<float>(kPositions * kWide);
       std::fill_n(rows.get(), kPositions * words, 0);  // also the value that fills a last word
-      for (int64_t begin = from; begin < to; begin += kPositions) {
-        const int64_t n = std::min(kPositions, to - begin);
-        if (C == 3)
-          gather<3>(begin, n, rows.get());
-        else
-          gather<0>(begin, n, rows.get());
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const int32_t* u = packed.get() + panel * words * kWide;
-          for (int64_t k = 0; k < words; k += kChain)
-            multiply_rows<T, kNative>(rows.get() + k, words, n, u + k * kWide,
-                                      std::min(kChain, words - k), k > 0, m.get());
-          finish(m.get(), begin, n, panel);
-        }
+      for (int64_t unit = from; unit < to; ++unit) {
+        const int64_t image = unit / parts * positions, part = unit % parts * kRun;
+        run_part(image + part, image + std::min(positions, part + kRun), packed.get(), rows.get(),
+                 m.get());
       }
     });
+    if (statistics) statistics->write();
   }
 };
 

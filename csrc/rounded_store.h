@@ -23,4 +23,20 @@ VQFAST_INLINE void store_rounded(bf16* p, VF v, int n) {
   store_n(p, v, n);
 }
 
+// what store_rounded leaves of v in memory of T
+template <bool kNative, class T>
+VQFAST_INLINE VF rounded(VF v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+#if VQFAST_LANES == 16
+  if constexpr (kNative) {
+    __m256i half;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
+    return (VF)((VI)_mm512_cvtepu16_epi32(half) << 16);
+  }
+#endif
+  T memory[kLanes];
+  store_n(memory, v, kLanes);
+  return load(memory);
+}
+
 }  // namespace vqfast::VQFAST_ISA

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vqfast
-from vqfast.models import vqgan
+from vqfast.models import vqgan_run
 from vqfast.models.vqgan import PRESETS, VQGAN, VQGANConfig
 from vqfast.nn.blocks import ResBlock
 from vqfast.testing import compare, tolerances
@@ -201,9 +201,9 @@ def test_large_maps_go_image_by_image_to_the_same_result(limit, dtype, monkeypat
         codes = tok.encode(x)
         y, z = tok.decode(codes), tok.encode_to_prequant(x)
         exact_y, exact_z = exact.decode(codes), exact.encode_to_prequant(x.double())
-        monkeypatch.setattr(vqgan, "_POOLED_BYTES", 1)
+        monkeypatch.setattr(vqgan_run, "_POOLED_BYTES", 1)
         assert torch.equal(tok.encode_to_prequant(x), z) and torch.equal(tok.decode(codes), y)
-        monkeypatch.setattr(vqgan, "_LARGE_BYTES", limit * dtype.itemsize)
+        monkeypatch.setattr(vqgan_run, "_LARGE_BYTES", limit * dtype.itemsize)
         by_images = tok.encode_to_prequant(x)
         assert sizes[6:] == ([1] * 6 if limit == 1 else [1, 1, 1, 3])
         assert compare.budget_ratio(by_images, z, exact_z, tolerances.FORWARD) <= 1

@@ -3,6 +3,8 @@
 //   x' = x, or x with each pixel doubled to 2x2 (s[0] = 2), zero outside: a 3x3 convolution of
 //   stride 1 and padding 1. x [B, H, W, C], w [O, 3, 3, C], bias [O], r (or none) and y
 //   [B, s H, s W, O], all contiguous (NCHW tensors in channels_last order) and of one type.
+//   conv3x3_stats: also mean and rstd = 1 / sqrt(var + eps) [B, G] of the O / G channels of a group
+//   of y, as it is after rounding; groups and eps are s[1] and s[2].
 //
 // Contract: any H, W, C, O; small problems are refused, as transforming the weights would not pay. Up
 //   to 16 channels go to a direct sum (direct_conv.h), the rest of this page is about more.
@@ -39,9 +41,12 @@
 //   at a time made no difference. 512 channels at 32px: 0.6 times, as 37 MB of weights pass L3.
 //   Bfloat16 by F(4x4, 3x3) in int16, 128 at 256px 46.4 -> 31.3 ms, of which 20 are at the limit of
 //   vpdpwssd. Asking for the residual ahead gains 1 %: it waits for memory, not for its latency.
+//   Statistics from registers cost 0.8 ms there (float32 1.2), a pass of their own 2.1 (4.0); from
+//   tiles of 2x2 outputs 2.9 (3.3), so that they are refused there.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernel.h"
 #include "large_pages.h"
@@ -52,6 +57,18 @@ namespace vqfast {
 // a direct sum, from the fewest channels on that a register tile of outputs is worth
 inline bool few_channels(const View& x, const Scalar& scale) {
   return x.shape[3] <= 16 && scale.i == 1;
+}
+// Tiles of 4x4 outputs are faster and accurate enough. In float32 with fewer than 128 channels a
+// direct sum has less than half their error. The weights cost what some 64 tiles cost, while they
+// fit L3 (2026-11-30, AMD Zen 4).
+inline bool large_tiles(const View& x, const View& w, const Scalar& scale) {
+  if (scale.i == 2) return false;
+  const int64_t C = x.shape[3], O = w.shape[0], least = x.dtype == DType::f32 ? 128 : 0;
+  const auto tiles = [&](int64_t side) {
+    return (x.shape[1] + side - 1) / side * ((x.shape[2] + side - 1) / side);
+  };
+  const bool fits = 36 * C * O * int64_t{sizeof(float)} <= int64_t{24} << 20;
+  return C >= least && fits && 36 * (tiles(4) + 64) < 16 * (tiles(2) + 64);
 }
 namespace {
 const char* why_not(const Inputs& a) {
@@ -66,8 +83,14 @@ const char* why_not(const Inputs& a) {
   if (positions * channels < 8192) return "too few positions for so few channels";
   return nullptr;
 }
+const char* why_no_stats(const Inputs& a) {
+  if (const char* why = why_not(a)) return why;
+  if (few_channels(a.t[0], a.s[0]) || large_tiles(a.t[0], a.t[1], a.s[0])) return nullptr;
+  return "tiles of 2x2 outputs, of which statistics cost more than to read y again";
+}
 }  // namespace
 REFUSES(conv3x3, why_not)
+REFUSES(conv3x3_stats, why_no_stats)
 }  // namespace vqfast
 #endif
 
@@ -81,6 +104,7 @@ REFUSES(conv3x3, why_not)
 #include "fixed_point.h"
 #include "panel_products.h"
 #include "transformed_panel.h"
+#include "channel_moments.h"
 #include "direct_conv.h"
 // clang-format on
 
@@ -95,6 +119,7 @@ constexpr int64_t kFewBytes = 2 << 20;      // V of all tiles: packing all weigh
 template <class T, class F, int kOut, bool kDoubled, bool kNative>
 struct Conv {
   using Line = Winograd<kOut, kDoubled>;
+  static constexpr bool kLarge = kOut == 4;  // with statistics
   static constexpr bool kFixed = std::is_same_v<F, int16_t>;
   static constexpr int kPer = 4 / sizeof(F);  // channels to a word
   static constexpr int kTaps = Line::kTaps;   // rows and columns of a transformed tile
@@ -104,13 +129,15 @@ struct Conv {
   static constexpr int64_t kProducts = kSub * kWide + 16;    // from frequency to frequency of them
   static constexpr int64_t kStage = kChain * kPer + kLanes;  // likewise of a tile before rounding
 
-  int64_t B, H, W, C, O, words, down, across, tiles, panels, block;
+  int64_t B, H, W, C, O, words, down, across, tiles, panels;
   int threads;
   const T *x, *w, *bias, *residual;
   T* y;
+  Statistics* statistics;  // of y, or null
+  int64_t runs, run_tiles, block;
   Balance balance;  // of int16 factors
 
-  explicit Conv(const Args& a)
+  Conv(const Args& a, Statistics* statistics)
       : B(a.t[0].shape[0]),
         H(a.t[0].shape[1]),
         W(a.t[0].shape[2]),
@@ -126,11 +153,15 @@ struct Conv {
         w(a.t[1].as<T>()),
         bias(a.t[2].as<T>()),
         residual(a.t[3].as<T>()),
-        y(a.t[4].as<T>()) {
+        y(a.t[4].as<T>()),
+        statistics(statistics),
+        // no block has tiles of two images where there are statistics, which are of one image
+        runs(statistics ? B : 1),
+        run_tiles(statistics ? tiles : B * tiles) {
     // equal blocks, so that the threads have equal work
     const int64_t most = std::max<int64_t>(kRows, kBlockBytes / (4 * kF * words) / kRows * kRows);
-    const int64_t n = std::max<int64_t>(1, (B * tiles + most - 1) / most);
-    block = ((B * tiles + n - 1) / n + kRows - 1) / kRows * kRows;
+    const int64_t n = std::max<int64_t>(1, (run_tiles + most - 1) / most);
+    block = ((run_tiles + n - 1) / n + kRows - 1) / kRows * kRows;
   }
 
   VQFAST_INLINE static void put(F* p, VF v, int n) {
@@ -298,42 +329,58 @@ struct Conv {
     });
   }
 
-  // A' m A of one tile and panel, plus bias and residual -> y; m[f * stride + o]
-  void transform_output(const float* m, int64_t stride, int64_t tile, int64_t panel) const {
-    const int64_t rows = H * kScale, columns = W * kScale;
-    const int64_t top = tile % tiles / across * kOut, left = tile % across * kOut;
-    const int64_t start = tile / tiles * rows * columns * O;
-    for (int half = 0; half < kWide; half += kLanes) {
-      const int64_t o = panel * kWide + half;
-      if (o >= O) return;
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, O - o));
-      VF t[kTaps][kOut];
+  // A' m A of one tile, from channel o on, plus bias and residual `added` (or null) -> its rows x
+  // columns outputs in y from `corner` on and, if kStats, their moments. kWhole: kOut x kOut.
+  template <bool kStats, bool kWhole>
+  VQFAST_INLINE void write_tile(const float* m, int64_t o, T* corner, const T* added, int rows,
+                                int columns, ChannelMoments* moments) const {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, O - o));
+    VF t[kTaps][kOut];
 #pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) {
-        VF d[kTaps];
+    for (int j = 0; j < kTaps; ++j) {
+      VF d[kTaps];
 #pragma GCC unroll 6
-        for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * stride + half);
-        Line::outputs(d, t[j]);
-      }
-      const VF b = load_n(bias + o, n);
-      VF scale{};
-      if constexpr (kFixed) scale = 1.0f / load_n(balance.output.get() + o, n, 1.0f);
+      for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * kProducts);
+      Line::outputs(d, t[j]);
+    }
+    const VF b = load_n(bias + o, n);
+    VF scale{}, written[kOut * kOut];
+    if constexpr (kFixed) scale = 1.0f / load_n(balance.output.get() + o, n, 1.0f);
 #pragma GCC unroll 4
-      for (int i = 0; i < kOut; ++i) {
-        if (top + i >= rows) break;
-        VF d[kTaps], out[kOut];
+    for (int i = 0; i < kOut; ++i) {
+      if (!kWhole && i >= rows) break;
+      VF d[kTaps], out[kOut];
 #pragma GCC unroll 6
-        for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
-        Line::outputs(d, out);
+      for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
+      Line::outputs(d, out);
 #pragma GCC unroll 4
-        for (int j = 0; j < kOut; ++j) {
-          if (left + j >= columns) break;
-          const int64_t to = start + ((top + i) * columns + left + j) * O + o;
-          const VF sum = kFixed ? fma(out[j], scale, b) : out[j] + b;
-          store_rounded<kNative>(y + to, residual ? sum + load_n(residual + to, n) : sum, n);
-        }
+      for (int j = 0; j < kOut; ++j) {
+        if (!kWhole && j >= columns) break;
+        const int64_t at = (i * W * kScale + j) * O + o;
+        VF v = kFixed ? fma(out[j], scale, b) : out[j] + b;
+        if (added) v += load_n(added + at, n);
+        store_rounded<kNative>(corner + at, v, n);
+        if constexpr (kStats) written[i * (kWhole ? kOut : columns) + j] = rounded<kNative, T>(v);
       }
     }
+    if constexpr (kStats) moments->merge(o % kWide, written, kWhole ? kOut * kOut : rows * columns);
+  }
+
+  // The outputs of one tile and panel; m [kF, kWide], kProducts apart.
+  template <bool kStats>
+  void transform_output(const float* m, int64_t tile, int64_t panel,
+                        ChannelMoments* moments) const {
+    const int64_t top = tile % tiles / across * kOut, left = tile % across * kOut;
+    const int rows = static_cast<int>(std::min<int64_t>(kOut, H * kScale - top)),
+              columns = static_cast<int>(std::min<int64_t>(kOut, W * kScale - left));
+    T* corner = y + ((tile / tiles * H * kScale + top) * W * kScale + left) * O;
+    const T* added = residual ? residual + (corner - y) : nullptr;
+    for (int64_t o = panel * kWide; o < std::min(O, (panel + 1) * kWide); o += kLanes, m += kLanes)
+      if (rows == kOut && columns == kOut)
+        write_tile<kStats, true>(m, o, corner, added, rows, columns, moments);
+      else
+        write_tile<kStats, false>(m, o, corner, added, rows, columns, moments);
+    if constexpr (kStats) moments->counted(rows * columns);
   }
 
   // Transformed inputs of some tiles.
@@ -357,19 +404,28 @@ struct Conv {
                     in.scale.get() + to, in.scales);
   }
 
-  // tiles [begin, begin + count) of one panel, from their transformed inputs; u [kF, words, kWide]
+  // Tiles [begin, begin + count) of one panel, from their transformed inputs, `at` and on; u [kF,
+  // words, kWide].
   void run_panel(int64_t begin, int64_t count, int64_t panel, const int32_t* u, const Inputs& in,
-                 float* m) const {
+                 int64_t at, float* m) const {
     for (int64_t sub = 0; sub < count; sub += kSub) {
-      const int64_t n = std::min(kSub, count - sub);
+      const int64_t n = std::min(kSub, count - sub), tile = begin + sub, from = at + sub;
       for (int f = 0; f < kF; ++f)
         for (int64_t k = 0; k < words; k += kChain)
-          multiply_rows<F, kNative>(in.v.get() + f * in.stride + sub * words + k, words, n,
+          multiply_rows<F, kNative>(in.v.get() + f * in.stride + from * words + k, words, n,
                                     u + (f * words + k) * kWide, std::min(kChain, words - k), k > 0,
                                     m + f * kProducts,
-                                    in.scale.get() + k / kChain * in.scales + sub);
+                                    in.scale.get() + k / kChain * in.scales + from);
+      if (!kLarge || !statistics) {
+        for (int64_t t = 0; t < n; ++t)
+          transform_output<false>(m + t * kWide, tile + t, panel, nullptr);
+        continue;
+      }
+      const int64_t of_image = tile % tiles, parts = (block + kSub - 1) / kSub;
+      ChannelMoments* moments =
+          statistics->at(tile / tiles, of_image / block * parts + of_image % block / kSub, panel);
       for (int64_t t = 0; t < n; ++t)
-        transform_output(m + t * kWide, kProducts, begin + sub + t, panel);
+        transform_output<kLarge>(m + t * kWide, tile + t, panel, moments);
     }
   }
 
@@ -388,7 +444,10 @@ struct Conv {
       const auto m = scratch<float>(kF * kProducts);
       for (int64_t p = from; p < to; ++p) {
         pack(p, tile.get(), packed.get());
-        run_panel(0, count, p, packed.get(), in, m.get());
+        for (int64_t i = 0; i < blocks(); ++i) {
+          const auto [begin, n] = tiles_of(i);
+          run_panel(begin, n, p, packed.get(), in, begin, m.get());
+        }
       }
     });
   }
@@ -396,8 +455,22 @@ struct Conv {
   void run() {
     if (B == 0) return;
     if constexpr (kFixed) balance_factors();
-    if (kF * words * 4 * B * tiles <= kFewBytes) return run_few();
-    const int64_t panel_size = kF * words * kWide, blocks = (B * tiles + block - 1) / block;
+    const bool few = kF * words * 4 * B * tiles <= kFewBytes;
+    if (few && !statistics) block = run_tiles;
+    if (statistics) statistics->make_room(blocks() / B * ((block + kSub - 1) / kSub));
+    few ? run_few() : run_many();
+    if (statistics) statistics->write();
+  }
+
+  int64_t blocks() const { return runs * ((run_tiles + block - 1) / block); }
+  // the first tile of a block, and their number
+  std::pair<int64_t, int64_t> tiles_of(int64_t i) const {
+    const int64_t each = blocks() / runs, first = i % each * block;
+    return {i / each * run_tiles + first, std::min(block, run_tiles - first)};
+  }
+
+  void run_many() const {
+    const int64_t panel_size = kF * words * kWide, units = blocks();
     prefer_large_pages(y, static_cast<size_t>(B * H * W * kScale * kScale * O) * sizeof(T));
     const auto packed = scratch<int32_t>(panels * panel_size);
     parallel_for(threads, panels, 1, [&](int64_t from, int64_t to) {
@@ -405,55 +478,51 @@ struct Conv {
       for (int64_t p = from; p < to; ++p) pack(p, tile.get(), packed.get() + p * panel_size);
     });
     // few blocks: their panels are shared out too, and each share transforms the input again
-    const int64_t shares = blocks >= 8 * threads ? 1 : std::min<int64_t>(panels, 4);
-    parallel_for(threads, blocks * shares, 1, [&](int64_t from, int64_t to) {
+    const int64_t shares = units >= 8 * threads ? 1 : std::min<int64_t>(panels, 4);
+    parallel_for(threads, units * shares, 1, [&](int64_t from, int64_t to) {
       const Inputs in = room(block);
       const auto m = scratch<float>(kF * kProducts);
       const auto zeros = scratch<T>(C);
       std::fill_n(zeros.get(), C, T{});
       for (int64_t unit = from; unit < to; ++unit) {
-        const int64_t begin = unit / shares * block, share = unit % shares;
-        const int64_t count = std::min(block, B * tiles - begin);
+        const auto [begin, count] = tiles_of(unit / shares);
+        const int64_t share = unit % shares;
         for (int64_t t = 0; t < count; ++t) transform_input(begin + t, zeros.get(), in, t);
         for (int64_t p = panels * share / shares; p < panels * (share + 1) / shares; ++p)
-          run_panel(begin, count, p, packed.get() + p * panel_size, in, m.get());
+          run_panel(begin, count, p, packed.get() + p * panel_size, in, 0, m.get());
       }
     });
   }
 };
 
-// Tiles of 4x4 outputs are faster and accurate enough. In float32 with fewer than 128 channels a
-// direct sum has less than half their error. The weights cost what some 64 tiles cost, while they
-// fit L3 (2026-11-30, AMD Zen 4).
-bool large_tiles(const Args& a) {
-  const View& x = a.t[0];
-  const int64_t C = x.shape[3], O = a.t[1].shape[0], least = x.dtype == DType::f32 ? 128 : 0;
-  const auto tiles = [&](int64_t side) {
-    return (x.shape[1] + side - 1) / side * ((x.shape[2] + side - 1) / side);
-  };
-  const bool fits = 36 * C * O * int64_t{sizeof(float)} <= int64_t{24} << 20;
-  return C >= least && fits && 36 * (tiles(4) + 64) < 16 * (tiles(2) + 64);
-}
-
 template <class T, bool kNative>
-void run_tiles(const Args& a) {
-  if (few_channels(a.t[0], a.s[0])) return Direct<T, kNative>(a).run();
-  if (a.s[0].i == 2) return Conv<T, T, 2, true, kNative>(a).run();
+void run_tiles(const Args& a, Statistics* statistics) {
+  if (few_channels(a.t[0], a.s[0])) return Direct<T, kNative>(a, statistics).run();
   using Factor = std::conditional_t<sizeof(T) == 4, T, int16_t>;
-  if (large_tiles(a)) return Conv<T, Factor, 4, false, kNative>(a).run();
-  Conv<T, T, 2, false, kNative>(a).run();
+  if (large_tiles(a.t[0], a.t[1], a.s[0]))
+    return Conv<T, Factor, 4, false, kNative>(a, statistics).run();
+  if (a.s[0].i == 2) return Conv<T, T, 2, true, kNative>(a, nullptr).run();
+  Conv<T, T, 2, false, kNative>(a, nullptr).run();
 }
 
-void run(const Args& a) {
-  if (a.t[0].dtype == DType::f32) return run_tiles<float, false>(a);
+void run_typed(const Args& a, Statistics* statistics) {
+  if (a.t[0].dtype == DType::f32) return run_tiles<float, false>(a, statistics);
 #if VQFAST_LANES == 16
-  if (has_avx512_bf16()) return run_tiles<bf16, true>(a);
+  if (has_avx512_bf16()) return run_tiles<bf16, true>(a, statistics);
 #endif
-  run_tiles<bf16, false>(a);
+  run_tiles<bf16, false>(a, statistics);
+}
+
+void run(const Args& a) { run_typed(a, nullptr); }
+
+void run_stats(const Args& a) {
+  Statistics statistics(a.t[4], a.t + 5, a.s + 1);
+  run_typed(a, &statistics);
 }
 
 }  // namespace
 
 KERNEL(conv3x3, "f32|bf16 f32|bf16 f32|bf16 f32|bf16? -> f32|bf16", run)
+KERNEL(conv3x3_stats, "f32|bf16 f32|bf16 f32|bf16 f32|bf16? -> f32|bf16 f32 f32", run_stats)
 
 }  // namespace vqfast::VQFAST_ISA

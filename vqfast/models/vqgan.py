@@ -22,12 +22,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from vqfast import _check, checkpoints
-from vqfast._dispatch import results_by
 from vqfast.checkpoints import native
 from vqfast.errors import CheckpointError
 from vqfast.models import tiled
-from vqfast.models.tiled_pool import Pool
 from vqfast.models.vqgan_config import PRESETS, VQGANConfig
+from vqfast.models.vqgan_run import mark_norms, run
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsample
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
@@ -81,59 +80,6 @@ class _Level(nn.Module):
                 yield getattr(self, name)
 
 
-# Maps of this size go image by image on a CPU: glibc asks Linux for such blocks anew each time;
-# clearing them was 6 to 24 % of a bfloat16 encode of 4 images at 256 px (loaded Zen 4, 2026-11-30).
-_LARGE_BYTES = 32 << 20
-# From this size on maps lie in memory of their own, where a freed one serves the next of its size:
-# glibc 2.36 cannot give a freed aligned block out again as one of the same size.
-_POOLED_BYTES = 8 << 20
-
-
-def _bytes(part: nn.Module, x: Tensor) -> int:
-    """Of an image's map, the larger one of what `part` reads and writes."""
-    channels = part.out_channels if isinstance(part, nn.Conv2d) else x.shape[1]
-    growth = 4 if isinstance(part, Upsample) else 1
-    return max(growth * channels * x.shape[2] * x.shape[3] * x.element_size(), x[0].nbytes)
-
-
-def _run(parts: list[nn.Module], x: Tensor) -> Tensor:
-    """`parts` one after the other on x [B, C, H, W]."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        for part in parts:
-            x = part(x)
-        return x
-    pool = Pool(0)
-    while parts:
-        size = len(x) * _bytes(parts[0], x) if len(x) else 0
-        with results_by(pool.place) if size >= _POOLED_BYTES else nullcontext():
-            if len(x) > 1 and size >= _LARGE_BYTES:
-                x, parts = _run_by_images(parts, x)
-            else:
-                x, parts = parts[0](x), parts[1:]
-    return x
-
-
-def _run_by_images(parts: list[nn.Module], x: Tensor) -> tuple[Tensor, list[nn.Module]]:
-    """The result of the first of the parts, image by image as long as maps are large, and the other
-    parts: on small maps the images go together, as weights are read once.
-    """
-    done, y = 0, x[:1]
-    for part in parts:
-        if done and len(x) * _bytes(part, y) < _LARGE_BYTES:
-            break
-        y = part(y)
-        done += 1
-    like = {"dtype": y.dtype, "device": y.device, "memory_format": torch.channels_last}
-    together = torch.empty((len(x), *y.shape[1:]), **like)
-    together[:1] = y
-    for i in range(1, len(x)):
-        y = x[i : i + 1]
-        for part in parts[:done]:
-            y = part(y)
-        together[i : i + 1] = y
-    return together, parts[done:]
-
-
 class Encoder(nn.Module):
     """[B, in_channels, H, W] -> [B, z_channels, H/f, W/f]."""
 
@@ -153,6 +99,7 @@ class Encoder(nn.Module):
         self.mid = _middle(c, width)
         self.norm_out = GroupNormSiLU(width)
         self.conv_out = Conv3x3(width, c.z_channels)
+        mark_norms(self.parts())
 
     def parts(self) -> Iterator[nn.Module]:
         """The layers in the order in which they run, each on the result of the one before."""
@@ -164,7 +111,7 @@ class Encoder(nn.Module):
         yield self.conv_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run(list(self.parts()), x)
+        return run(list(self.parts()), x)
 
 
 class Decoder(nn.Module):
@@ -188,6 +135,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = GroupNormSiLU(width)
         self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+        mark_norms(self.parts())
 
     def parts(self) -> Iterator[nn.Module]:
         """The layers in the order in which they run, each on the result of the one before."""
@@ -199,7 +147,7 @@ class Decoder(nn.Module):
         yield self.conv_out
 
     def forward(self, z: Tensor) -> Tensor:
-        return _run(list(self.parts()), z)
+        return run(list(self.parts()), z)
 
 
 def _quantizer(c: VQGANConfig) -> nn.Module:

@@ -136,6 +136,20 @@ CASES: tuple[Case, ...] = (
     _case("conv3x3", "edge_doubled", "edge", B=1, C=33, O=67, H=1, W=257, scale=2, residual=1),
     _case("conv3x3", "edge_one_row", "edge", B=1, C=33, O=32, H=1, W=1025),
     _case("conv3x3", "edge_b0", "edge", B=0, C=32, O=32, H=32, W=32),
+    *(
+        _case("conv3x3_stats", id, tags, B=B, C=C, O=outs, H=H, W=W, groups=groups, **more)
+        for id, tags, B, C, outs, H, W, groups, more in (
+            ("vqgan_256px", "bench", 1, 128, 128, 256, 256, 32, {"residual": 1}),
+            ("vqgan_64px", "bench", 4, 256, 256, 64, 64, 32, {}),
+            ("vqgan_rgb", "bench", 1, 3, 128, 256, 256, 32, {}),
+            ("smoke_rgb", "smoke", 2, 3, 66, 17, 49, 33, {"residual": 1}),
+            ("smoke_few", "smoke", 2, 130, 132, 27, 29, 4, {}),
+            ("smoke_large_tiles", "smoke", 2, 130, 48, 35, 49, 16, {"residual": 1}),
+            ("edge_gray_column", "edge", 3, 1, 33, 259, 1, 11, {}),
+            ("edge_odd", "edge", 3, 137, 67, 41, 25, 67, {}),
+            ("edge_b0", "edge", 0, 128, 32, 64, 64, 32, {}),
+        )
+    ),
     _case("conv3x3_down", "vqgan_256px", "bench", B=1, C=128, O=128, H=256, W=256),
     _case("conv3x3_down", "vqgan_32px", "bench", B=4, C=256, O=256, H=32, W=32),
     _case("conv3x3_down", "smoke", "smoke", B=2, C=64, O=48, H=32, W=34),
