@@ -31,19 +31,28 @@ inline void prefer_large_pages(void* p, size_t bytes) {
 #endif
 }
 
+constexpr size_t kLine = 64;  // bytes of a cache line
+
+// Of memory on a line: what malloc gave stands before it.
 struct Free {
-  void operator()(void* p) const { std::free(p); }
+  void operator()(void* p) const {
+    if (p) std::free(static_cast<void**>(p)[-1]);
+  }
 };
 template <class T>
 using Scratch = std::unique_ptr<T[], Free>;
 
-// n values, not initialised, on a cache line
+// n values, not initialised, on a cache line. Not by aligned_alloc: before glibc 2.38 a block that
+// it gave is too small for its like once it is freed, and the heap grows with every other one.
 template <class T>
 Scratch<T> scratch(int64_t n) {
-  const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes ? bytes : 64);
-  if (!p) throw std::bad_alloc();
-  return Scratch<T>(static_cast<T*>(p));
+  void* whole = std::malloc(static_cast<size_t>(n) * sizeof(T) + 2 * kLine);
+  if (!whole) throw std::bad_alloc();
+  const uintptr_t line = (reinterpret_cast<uintptr_t>(whole) / kLine + 1) * kLine;
+  // malloc gives multiples of 8 at least, so that a pointer fits before the next line
+  void** p = reinterpret_cast<void**>(line);
+  p[-1] = whole;
+  return Scratch<T>(reinterpret_cast<T*>(p));
 }
 
 }  // namespace vqfast
