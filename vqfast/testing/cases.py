@@ -152,6 +152,8 @@ CASES: tuple[Case, ...] = (
             ("smoke", "smoke", 2, 64, 48, 32, 34, 0),
             ("edge_odd", "edge", 1, 37, 67, 41, 25, 0),
             ("edge_wide", "edge", 2, 150, 33, 31, 33, 1),
+            ("edge_large_tiles", "edge", 1, 37, 67, 129, 131, 0),
+            ("edge_many_outputs", "edge", 1, 33, 293, 32, 34, 1),
             ("edge_one_row", "edge", 1, 33, 32, 1, 1025, 0),
             ("edge_b0", "edge", 0, 32, 32, 32, 32, 0),
         )
