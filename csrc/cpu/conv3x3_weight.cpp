@@ -18,21 +18,20 @@
 //   there, 2 to 4 times on 1024 positions; chains of 32 had 1.2 times as much. db sums what is not
 //   rounded. A NaN or infinity spoils its channel or output.
 //
-// Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per position in place of 9 C O: 2.25
-// or
-//   4 times fewer. A unit of work is a block of outputs and a panel of 2 kLanes channels, with all
+// Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per position, not 9 C O: 2.25 or 4
+//   times fewer. A unit of work is a block of outputs and a panel of 2 kLanes channels, with all
 //   its sums; a thread takes consecutive units and goes over all positions, so that transformed
 //   gradients serve all its panels of that block. Int16 needs two passes: the norms of a vector of
 //   channels are known after all tiles of a block. A register tile is kRows outputs x 2 vectors.
 //
-// Ladder (1 thread of Zen 4, loaded, 2026-11-30), 128 channels at 256px. Bfloat16: oneDNN's
-// gradient
-//   141 ms; F(2x2, 3x3) in bfloat16 48; F(4x4, 3x3) in int16 39; without the largest value of each
-//   lane 35; 33 as the search for the largest of a tile asks memory for whole rows, of which 21 are
-//   the limit of vpdpwssd. 512 at 16px, 4 images, 19 -> 9.5: sums end in vectors of channels, and
-//   256 outputs to a unit (128: 7 % slower at 256 channels). Float32: 93 -> 60. No gain: asking for
-//   the next tiles (1 to 2 %), blocks of 64 words of int16 (equal) or 128 (5 to 10 % slower).
-//   Prefetching sums: 2 %, measured with F(2x2, 3x3).
+// Ladder (1 thread of Zen 4, loaded, 2026-11-30), 128 channels at 256px. Bfloat16: oneDNN's 141 ms;
+//   F(2x2, 3x3) in bfloat16 48; F(4x4, 3x3) in int16 39; without the largest value of each lane 35;
+//   33 as the search for the largest of a tile asks memory for whole rows, of which 21 are the
+//   limit of vpdpwssd. 512 at 16px, 4 images, 19 -> 9.5 as sums end in vectors of channels and 256
+//   outputs are a unit (128: 7 % slower at 256 channels), 7.4 past the caches; one image 2.75,
+//   where conv_few_weight takes 6.7. Float32: 93 -> 60. No gain: asking for the next tiles (1 to
+//   2 %), blocks of 64 words of int16 (equal) or 128 (5 to 10 % slower), all frequencies of a few
+//   outputs at a time (30 % slower at 256 channels), prefetching sums (2 %, with F(2x2, 3x3)).
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -47,7 +46,7 @@ namespace {
 const char* why_not(const Args& a) {
   const View &x = a.t[0], &g = a.t[1];
   if (x.dtype != g.dtype) return "inputs differ in dtype";
-  if (x.shape[0] * x.shape[1] * x.shape[2] < 1024) return "fewer than 1024 positions";
+  if (x.shape[0] * x.shape[1] * x.shape[2] < 64) return "fewer than 64 positions";
   if (x.shape[3] < 32 || g.shape[3] < 32) return "fewer than 32 channels";
   return nullptr;
 }
@@ -333,6 +332,17 @@ struct Gradient {
     }
   }
 
+  // Whole lines of memory go past the caches: nobody reads them before the optimiser, and Linux or
+  // the cache would fetch each one before it is written.
+  VQFAST_INLINE static void put(To* to, VF v, int n) {
+#if VQFAST_LANES == 16
+    if constexpr (sizeof(To) == 4)
+      if (n == kLanes && reinterpret_cast<uintptr_t>(to) % sizeof v == 0)
+        return _mm512_stream_ps(to, (__m512)v);
+#endif
+    store_n(to, v, n);
+  }
+
   // G' m G of one output and panel -> dw; m[f * stride + c]
   void transform_sums(const float* m, int64_t stride, int64_t o, int64_t panel) const {
     for (int half = 0; half < kPanel; half += kLanes) {
@@ -354,14 +364,14 @@ struct Gradient {
         for (int j = 0; j < kTaps; ++j) d[j] = t[j][p];
         Line::weight_gradients(d, out);
 #pragma GCC unroll 3
-        for (int q = 0; q < 3; ++q) store_n(dw + ((o * 3 + p) * 3 + q) * C + c, out[q], n);
+        for (int q = 0; q < 3; ++q) put(dw + ((o * 3 + p) * 3 + q) * C + c, out[q], n);
       }
     }
   }
 
   // panels [from, to) of the block of outputs from `first` on, over all positions
   void run_block(int64_t first, int64_t from, int64_t to) const {
-    const int64_t size = outputs * kPanel, all = B * tiles;
+    const int64_t size = outputs * kPanel + kLanes, all = B * tiles;
     const int64_t here = std::min(outputs, O - first), vectors = (here + kLanes - 1) / kLanes;
     const auto u = scratch<int32_t>(kF * block_size());
     const auto v = scratch<int32_t>(kF * kPanelSize);

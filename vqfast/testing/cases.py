@@ -149,11 +149,13 @@ CASES: tuple[Case, ...] = (
             ("vqgan_256px", "bench", 1, 128, 128, 256, 256, 0),
             ("vqgan_64px", "bench", 4, 128, 128, 64, 64, 1),
             ("vqgan_32px", "bench", 4, 512, 256, 32, 32, 0),
+            ("vqgan_16px", "bench", 1, 512, 512, 16, 16, 1),
             ("smoke", "smoke", 2, 64, 48, 32, 34, 0),
             ("edge_odd", "edge", 1, 37, 67, 41, 25, 0),
             ("edge_wide", "edge", 2, 150, 33, 31, 33, 1),
             ("edge_large_tiles", "edge", 1, 37, 67, 129, 131, 0),
             ("edge_many_outputs", "edge", 1, 33, 293, 32, 34, 1),
+            ("edge_few_positions", "edge", 3, 67, 130, 5, 7, 0),
             ("edge_one_row", "edge", 1, 33, 32, 1, 1025, 0),
             ("edge_b0", "edge", 0, 32, 32, 32, 32, 0),
         )
