@@ -47,7 +47,7 @@ const char* why_not(const Args& a) {
   const View &x = a.t[0], &g = a.t[1];
   if (x.dtype != g.dtype) return "inputs differ in dtype";
   if (x.shape[0] * x.shape[1] * x.shape[2] < 64) return "fewer than 64 positions";
-  if (x.shape[3] < 32 || g.shape[3] < 32) return "fewer than 32 channels";
+  if (x.shape[3] < 32) return "fewer than 32 channels";
   return nullptr;
 }
 }  // namespace

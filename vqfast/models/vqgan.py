@@ -33,6 +33,7 @@ from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsam
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
 from vqfast.nn.quantizers.gumbel import GumbelQuantizer
 from vqfast.nn.quantizers.vector import VectorQuantizer
+from vqfast.nn.trained_conv import Conv2d
 
 __all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig"]
 
@@ -187,7 +188,7 @@ class Decoder(nn.Module):
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = GroupNormSiLU(width)
-        self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+        self.conv_out = Conv2d(width, c.out_ch, 3, padding=1)
 
     def parts(self) -> Iterator[nn.Module]:
         """The layers in the order in which they run, each on the result of the one before."""
