@@ -8,15 +8,15 @@
 // Numerics: the transpose of Winograd's F(m x m, 3x3) in the weights: dw = G'[sum (A g A') . (B' d
 //   B)]G over tiles of m x m gradients g and (m + 2)^2 inputs d. Each of its sums runs over blocks
 //   of kWords words of tiles, and these are added in float32 one after the other: an order that
-//   depends on the shape alone, not on the threads. Bfloat16: m = 4; transforms are computed in
-//   float32 and rounded to int16, two tiles to a word, about a scale for each block, frequency and
-//   channel or output; sums are exact (fixed_point.h). Tiles are balanced first, as large inputs
-//   with small gradients would push the others out. Before the result is rounded the error is 0.23
-//   times that of oneDNN's gradient (root mean square, random data); that of F(2x2, 3x3) with
-//   bfloat16 factors was 2.4 times. Float32: m = 4 from 16384 positions on, else m = 2; a block is
-//   a sum of chains of kPart multiply-adds. The error of m = 4 is 0.9 to 1.5 times that of oneDNN's
-//   there, 2 to 4 times on 1024 positions; chains of 32 had 1.2 times as much. db sums what is not
-//   rounded. A NaN or infinity spoils its channel or output.
+//   depends on the shape alone, not on the threads. Bfloat16: transforms are computed in float32
+//   and rounded to int16, two tiles to a word, about a scale for each block, frequency and channel
+//   or output; sums are exact (fixed_point.h). Tiles are balanced first, as large inputs with small
+//   gradients would push the others out. m = 4 from 256 positions on, else 2. Before the result is
+//   rounded the error is 0.23 times that of oneDNN's gradient (root mean square, random data); that
+//   of m = 2 with bfloat16 factors was 2.4 times. Float32: m = 4 from 16384 positions on, else 2;
+//   a block is a sum of chains of kPart multiply-adds. The error of m = 4 is 0.9 to 1.5 times that
+//   of oneDNN's there, 2 to 4 times on 1024 positions; chains of 32 had 1.2 times as much. db sums
+//   what is not rounded. A NaN or infinity spoils its channel or output.
 //
 // Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per position, not 9 C O: 2.25 or 4
 //   times fewer. A unit of work is a block of outputs and a panel of 2 kLanes channels, with all
@@ -27,11 +27,12 @@
 // Ladder (1 thread of Zen 4, loaded, 2026-11-30), 128 channels at 256px. Bfloat16: oneDNN's 141 ms;
 //   F(2x2, 3x3) in bfloat16 48; F(4x4, 3x3) in int16 39; without the largest value of each lane 35;
 //   33 as the search for the largest of a tile asks memory for whole rows, of which 21 are the
-//   limit of vpdpwssd. 512 at 16px, 4 images, 19 -> 9.5 as sums end in vectors of channels and 256
-//   outputs are a unit (128: 7 % slower at 256 channels), 7.4 past the caches; one image 2.75,
-//   where conv_few_weight takes 6.7. Float32: 93 -> 60. No gain: asking for the next tiles (1 to
-//   2 %), blocks of 64 words of int16 (equal) or 128 (5 to 10 % slower), all frequencies of a few
-//   outputs at a time (30 % slower at 256 channels), prefetching sums (2 %, with F(2x2, 3x3)).
+//   limit of vpdpwssd. Float32: 93 -> 60. 512 channels: 4 images of 16px 19 -> 9.5 as sums end in
+//   vectors of channels and 256 outputs are a unit (128: 7 % slower at 256 channels), 7.4 past the
+//   caches; one of 16px 2.8, where conv_few_weight takes 6.7; 4 of 4px 1.7, m = 2 1.3 (2.0). No
+//   gain: asking for the next tiles (1 to 2 %), blocks of 64 words of int16 (equal) or 128 (5 to
+//   10 % slower), all frequencies of a few outputs at a time (30 % slower at 256 channels),
+//   prefetching sums (2 %, with F(2x2, 3x3)).
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -46,7 +47,7 @@ namespace {
 const char* why_not(const Args& a) {
   const View &x = a.t[0], &g = a.t[1];
   if (x.dtype != g.dtype) return "inputs differ in dtype";
-  if (x.shape[0] * x.shape[1] * x.shape[2] < 64) return "fewer than 64 positions";
+  if (x.shape[0] * x.shape[1] * x.shape[2] < 16) return "fewer than 16 positions";
   if (x.shape[3] < 32) return "fewer than 32 channels";
   return nullptr;
 }
@@ -426,19 +427,21 @@ struct Gradient {
   }
 };
 
-// From so many positions on float32 takes large tiles: a direct sum over fewer has less than half
-// their error.
-constexpr int64_t kLargeTiles = 16384;
+template <class T, class To>
+void run_gradient(const Args& a) {
+  // From so many positions on large tiles pay: in int16 more sums to transform, in float32 an error
+  // that is more than twice that of a direct sum of fewer.
+  constexpr int64_t kLargeTiles = sizeof(T) == 2 ? 256 : 16384;
+  const View& x = a.t[0];
+  if (x.shape[0] * x.shape[1] * x.shape[2] < kLargeTiles)
+    return Gradient<T, To, 2>(a).run(a.threads);
+  Gradient<T, To, 4>(a).run(a.threads);
+}
 
 void run(const Args& a) {
-  const View& x = a.t[0];
-  if (x.dtype == DType::f32) {
-    if (x.shape[0] * x.shape[1] * x.shape[2] < kLargeTiles)
-      return Gradient<float, float, 2>(a).run(a.threads);
-    return Gradient<float, float, 4>(a).run(a.threads);
-  }
-  if (a.t[2].dtype == DType::f32) return Gradient<bf16, float, 4>(a).run(a.threads);
-  Gradient<bf16, bf16, 4>(a).run(a.threads);
+  if (a.t[0].dtype == DType::f32) return run_gradient<float, float>(a);
+  if (a.t[2].dtype == DType::f32) return run_gradient<bf16, float>(a);
+  run_gradient<bf16, bf16>(a);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ from vqfast.ops import conv3x3_weight, conv_few, conv_few_input, conv_few_weight
 # of the batch and of channels: on more positions reordering the weight is cheap
 FEW_POSITIONS, LEAST_CHANNELS = 512, 16
 # of dw by Winograd: on fewer positions the transform of its sums takes longer than it saves
-_WINOGRAD_POSITIONS, _WINOGRAD_CHANNELS = 64, 32
+_WINOGRAD_POSITIONS, _WINOGRAD_CHANNELS = 16, 32
 
 
 def _by_winograd(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:

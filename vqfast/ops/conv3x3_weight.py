@@ -3,7 +3,7 @@
     dw[o, c, p, q] = Σ_{b, i, j} g[b, o, i, j] · x[b, c, i + p − 1, j + q − 1],   db_o = Σ g_o
 
 The C++ kernel is the transpose of Winograd's F(4x4, 3x3) in the weights: 36 products for 16
-positions in place of 144, or of F(2x2, 3x3) for few positions in float32: 16 in place of 36. The
+positions in place of 144, or on few positions of F(2x2, 3x3): 16 for 4 in place of 36. The
 reference is torch's gradient, which also serves where the kernel refuses (few positions or
 channels, other dtypes, GPUs).
 

@@ -157,6 +157,7 @@ CASES: tuple[Case, ...] = (
             ("edge_many_outputs", "edge", 1, 33, 293, 32, 34, 1),
             ("edge_few_positions", "edge", 3, 67, 130, 5, 7, 0),
             ("edge_few_outputs", "edge", 1, 40, 3, 129, 130, 1),
+            ("edge_one_tile", "edge", 5, 48, 17, 2, 2, 1),
             ("edge_one_row", "edge", 1, 33, 32, 1, 1025, 0),
             ("edge_b0", "edge", 0, 32, 32, 32, 32, 0),
         )
