@@ -91,6 +91,7 @@ struct Gradient {
   int64_t B, H, W, C, O, across, tiles, outputs;  // tiles: of one image; outputs: of a unit
   const T *x, *g;
   To *dw, *db;
+  Scratch<float> input_scale, gradient_scale;  // [B tiles], to whole blocks
 
   explicit Gradient(const Args& a)
       : B(a.t[0].shape[0]),
@@ -114,15 +115,24 @@ struct Gradient {
   int64_t units() const { return (O + outputs - 1) / outputs * panels(); }
   int64_t block_size() const { return outputs * kWords + kLanes; }  // of one frequency
 
+  Scratch<T> no_pixel() const {
+    auto zeros = scratch<T>(std::max(C, O));
+    std::fill_n(zeros.get(), std::max(C, O), T{});
+    return zeros;
+  }
+
   // where the tiles of a block are; what lies outside, and tiles past the last, are at zeros
   struct Places {
     const T* input[kTiles][kF];
     const T* gradient[kTiles][kOut * kOut];
-    float input_scale[kTiles], gradient_scale[kTiles];  // of int16: see balance
+    const float *input_scale, *gradient_scale;  // of int16: see balance
   };
 
-  // of tiles [begin, end), and as many more as fill words
-  void find(int64_t begin, int64_t end, const T* zeros, Places& at) const {
+  // of the block that begins at a tile
+  void find(int64_t begin, const T* zeros, Places& at) const {
+    const int64_t end = std::min(B * tiles, begin + kTiles);
+    at.input_scale = input_scale.get() + begin;
+    at.gradient_scale = gradient_scale.get() + begin;
     for (int64_t n = 0; n < kTiles; ++n) {
       const int64_t tile = begin + n, image = tile / tiles;
       const int64_t top = tile % tiles / across * kOut, left = tile % across * kOut;
@@ -141,16 +151,28 @@ struct Gradient {
 
   // A tile's inputs and gradients by powers of two, one the reciprocal of the other, that make both
   // about as large: large inputs with small gradients do not push the other tiles out.
-  void balance(Places& at) const {
+  void balance(int64_t begin, const Places& at) const {
     for (int64_t n = 0; n < kTiles; ++n) {
       const int input = largest_bits(at.input[n], kF, C);
       const int gradient = largest_bits(at.gradient[n], kOut * kOut, O);
       const bool finite = input < kInfinity && gradient < kInfinity;
       const int power = finite ? std::clamp(((gradient >> 7) - (input >> 7)) / 2, -120, 120) : 0;
       const bool zero = input == 0 || gradient == 0;
-      at.input_scale[n] = zero ? 0.0f : std::ldexp(1.0f, power);
-      at.gradient_scale[n] = zero ? 0.0f : std::ldexp(1.0f, -power);
+      input_scale[begin + n] = zero ? 0.0f : std::ldexp(1.0f, power);
+      gradient_scale[begin + n] = zero ? 0.0f : std::ldexp(1.0f, -power);
     }
+  }
+
+  // One thread balances a block as it comes to it instead, and finds it in cache then.
+  void balance_all(int threads, int64_t blocks) const {
+    parallel_for(threads, blocks, 1, [&](int64_t from, int64_t to) {
+      const auto zeros = no_pixel();
+      const auto at = scratch<Places>(1);
+      for (int64_t block = from; block < to; ++block) {
+        find(block * kTiles, zeros.get(), *at.get());
+        balance(block * kTiles, *at.get());
+      }
+    });
   }
 
   // take(f, B' d B) of channels [c, c + n) of a tile
@@ -370,16 +392,16 @@ struct Gradient {
     }
   }
 
-  // panels [from, to) of the block of outputs from `first` on, over all positions
-  void run_block(int64_t first, int64_t from, int64_t to) const {
+  // panels [from, to) of the block of outputs from `first` on, over all positions; fresh: tiles are
+  // not balanced yet
+  void run_block(int64_t first, int64_t from, int64_t to, bool fresh) const {
     const int64_t size = outputs * kPanel + kLanes, all = B * tiles;
     const int64_t here = std::min(outputs, O - first), vectors = (here + kLanes - 1) / kLanes;
     const auto u = scratch<int32_t>(kF * block_size());
     const auto v = scratch<int32_t>(kF * kPanelSize);
     const auto stage = scratch<float>(kFixed ? kF * kStage : 0);
     const auto u_inverse = scratch<float>(kF * outputs), v_inverse = scratch<float>(kF * kPanel);
-    const auto zeros = scratch<T>(std::max(C, O));
-    std::fill_n(zeros.get(), std::max(C, O), T{});
+    const auto zeros = no_pixel();
     const auto at = scratch<Places>(1);
     std::vector<float> bias(static_cast<size_t>(outputs));
     const bool once = all <= kTiles;
@@ -387,8 +409,9 @@ struct Gradient {
     for (int64_t begin = 0; begin < all || begin == 0; begin += kTiles) {
       const int64_t end = std::min(all, begin + kTiles);
       const int64_t words = (end - begin + kPer - 1) / kPer;
-      find(begin, end, zeros.get(), *at.get());
-      if constexpr (kFixed) balance(*at.get());
+      find(begin, zeros.get(), *at.get());
+      if constexpr (kFixed)
+        if (fresh) balance(begin, *at.get());
       for (int64_t k = 0; k < vectors; ++k) {
         const Column of{u.get() + k * kWords * kLanes, block_size(), kLanes,
                         u_inverse.get() + k * kLanes, outputs};
@@ -415,13 +438,20 @@ struct Gradient {
       for (int64_t o = 0; o < here; ++o) db[first + o] = from_float<To>(bias[o]);
   }
 
-  void run(int threads) const {
+  void run(int threads) {
+    const int64_t blocks = std::max<int64_t>(1, (B * tiles + kTiles - 1) / kTiles);
+    input_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
+    gradient_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
+    if constexpr (kFixed)
+      if (threads > 1) balance_all(threads, blocks);
     const int64_t many = panels();
     parallel_for(threads, units(), 1, [&](int64_t from, int64_t to) {
+      bool fresh = threads == 1;
       while (from < to) {
         const int64_t block = from / many, end = std::min(to, (block + 1) * many);
-        run_block(block * outputs, from - block * many, end - block * many);
+        run_block(block * outputs, from - block * many, end - block * many, fresh);
         from = end;
+        fresh = false;
       }
     });
   }
