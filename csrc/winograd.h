@@ -1,7 +1,8 @@
 // Winograd's minimal filtering F(kOut, 3) in one dimension, for vectors of channels: kOut outputs
-// y[i] = sum over p of g[p] d[i + p] by kTaps = kOut + 2 products, y = A'[(G g) * (B' d)]. Used along
-// rows, then columns. No include guard: a kernel file includes it once per instruction set, after
-// simd.h.
+// y[i] = sum over p of g[p] d[i + p] by kTaps = kOut + 2 products, y = A'[(G g) * (B' d)]. Used
+// along rows, then columns. Its transpose is the gradient of the weights, dw = G'[(A g) * (B' d)]
+// of kOut gradients g of outputs. No include guard: a kernel file includes it once per instruction
+// set, after simd.h.
 //
 // F(2, 3) has the points 0, 1, -1 and infinity; F(4, 3) 0, 5/8, -5/8, 3/2, -3/2 and infinity. All
 // constants but those of G are exact in float32. The error of a whole convolution by F(4x4, 3x3),
@@ -35,6 +36,18 @@ struct Winograd<2, false> {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] - m[3];
   }
+  VQFAST_INLINE static void output_gradients(const VF* g, VF* u) {
+    u[0] = g[0];
+    u[1] = g[0] + g[1];
+    u[2] = g[0] - g[1];
+    u[3] = -g[1];
+  }
+  VQFAST_INLINE static void weight_gradients(const VF* m, VF* dw) {
+    const VF half = (m[1] + m[2]) * 0.5f;
+    dw[0] = m[0] + half;
+    dw[1] = (m[1] - m[2]) * 0.5f;
+    dw[2] = half + m[3];
+  }
 };
 
 // d = a b b c, the inputs doubled from a b c: the third product is zero and left out
@@ -62,10 +75,10 @@ template <>
 struct Winograd<4, false> {
   static constexpr int kOut = 4, kTaps = 6, kStep = 4;
   static constexpr float a = 0.625f, b = 1.5f, aa = a * a, bb = b * b;
+  static constexpr float at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
+                         at_b = 1 / (2 * bb * (bb - aa));
 
   VQFAST_INLINE static void weights(const VF* g, VF* u) {
-    constexpr float at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
-                    at_b = 1 / (2 * bb * (bb - aa));
     u[0] = g[0] * at_zero;
     const VF near = fma(g[2], broadcast(aa), g[0]), far = fma(g[2], broadcast(bb), g[0]);
     u[1] = fma(g[1], broadcast(a), near) * at_a;
@@ -92,6 +105,22 @@ struct Winograd<4, false> {
     y[1] = near_odd + far_odd;
     y[2] = fma(near, broadcast(aa), far * bb);
     y[3] = fma(near_odd, broadcast(aa), fma(far_odd, broadcast(bb), m[5]));
+  }
+  VQFAST_INLINE static void output_gradients(const VF* g, VF* u) {
+    const VF near = fma(g[2], broadcast(aa), g[0]), far = fma(g[2], broadcast(bb), g[0]);
+    const VF near_odd = fma(g[3], broadcast(aa), g[1]), far_odd = fma(g[3], broadcast(bb), g[1]);
+    u[0] = g[0];
+    u[1] = fma(near_odd, broadcast(a), near);
+    u[2] = fma(near_odd, broadcast(-a), near);
+    u[3] = fma(far_odd, broadcast(b), far);
+    u[4] = fma(far_odd, broadcast(-b), far);
+    u[5] = g[3];
+  }
+  VQFAST_INLINE static void weight_gradients(const VF* m, VF* dw) {
+    const VF near = (m[1] + m[2]) * at_a, far = (m[3] + m[4]) * at_b;
+    dw[0] = fma(m[0], broadcast(at_zero), near + far);
+    dw[1] = fma(m[1] - m[2], broadcast(a * at_a), (m[3] - m[4]) * (b * at_b));
+    dw[2] = fma(near, broadcast(aa), fma(far, broadcast(bb), m[5]));
   }
 };
 

@@ -263,6 +263,8 @@ def test_a_trained_convolution_keeps_the_budget_of_every_gradient(B, C, outs, H,
         (2, 8, 12, 8, 7, 4, 1, 1),
         (1, 8, 1, 3, 3, 4, 1, 1),
         (4, 8, 12, 16, 16, 3, 1, 1),  # too many positions
+        (2, 40, 33, 7, 9, 3, 1, 1),  # dw by Winograd
+        (1, 40, 3, 25, 27, 3, 1, 1),  # of torch's convolution too
     ],
 )
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])

@@ -5,23 +5,36 @@
 //
 // Contract: any H, W, C, O; small problems are refused, as the transforms would not pay.
 //
-// Numerics: the transpose of Winograd's F(2x2, 3x3) in the weights: dw = G'[sum (A g A') . (B' d
-//   B)]G over tiles of 2x2 gradients g and 4x4 inputs d. Each of the 16 sums is float32
-//   multiply-adds over kWords words of tiles, and these blocks are added one after the other: an
-//   order that depends on the shape alone, not on the threads. Bfloat16: transforms are computed in
-//   float32 and both factors rounded before they meet, two tiles to a word; db sums what is not
-//   rounded.
+// Numerics: the transpose of Winograd's F(m x m, 3x3) in the weights: dw = G'[sum (A g A') . (B' d
+//   B)]G over tiles of m x m gradients g and (m + 2)^2 inputs d. Each of its sums runs over blocks
+//   of kWords words of tiles, and these are added in float32 one after the other: an order that
+//   depends on the shape alone, not on the threads. Bfloat16: transforms are computed in float32
+//   and rounded to int16, two tiles to a word, about a scale for each block, frequency and channel
+//   or output; sums are exact (fixed_point.h). Tiles are balanced first, as large inputs with small
+//   gradients would push the others out. m = 4 from 256 positions on, else 2. Before the result is
+//   rounded the error is 0.23 times that of oneDNN's gradient (root mean square, random data); that
+//   of m = 2 with bfloat16 factors was 2.4 times. Float32: m = 4 from 16384 positions on, else 2;
+//   a block is a sum of chains of kPart multiply-adds. The error of m = 4 is 0.9 to 1.5 times that
+//   of oneDNN's there, 2 to 4 times on 1024 positions; chains of 32 had 1.2 times as much. db sums
+//   what is not rounded. A NaN or infinity spoils its channel or output.
 //
-// Shape of the code: 16 C O / 4 multiply-adds per position in place of 9 C O: 2.25 times fewer. A
-//   unit of work is a block of channels and a panel of 2 kLanes outputs, with its 16 sums; a thread
-//   takes consecutive units and goes over all positions, so that transformed inputs serve all its
-//   panels of that block. Blocks of kWords words keep them in L2; a register tile is kRows channels
-//   x 2 vectors.
+// Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per position, not 9 C O: 2.25 or 4
+//   times fewer. A unit of work is a block of outputs and a panel of 2 kLanes channels, with all
+//   its sums; a thread takes consecutive units and goes over all positions, so that transformed
+//   gradients serve all its panels of that block. Int16 needs two passes: the norms of a vector of
+//   channels are known after all tiles of a block. A register tile is kRows outputs x 2 vectors.
 //
-// Ladder (1 thread of Zen 4, loaded, 2026-11-30), bfloat16 128 channels at 256px: 51 ms where
-//   oneDNN's gradient takes 141; 36 would be the limit of vdpbf16ps. No gain: prefetching the sums
-//   before a register tile (+2 %), 64 channels to a unit (equal, 10 % worse in float32).
+// Ladder (1 thread of Zen 4, loaded, 2026-11-30), 128 channels at 256px. Bfloat16: oneDNN's 141 ms;
+//   F(2x2, 3x3) in bfloat16 48; F(4x4, 3x3) in int16 39; without the largest value of each lane 35;
+//   33 as the search for the largest of a tile asks memory for whole rows, of which 21 are the
+//   limit of vpdpwssd. Float32: 93 -> 60. 512 channels: 4 images of 16px 19 -> 9.5 as sums end in
+//   vectors of channels and 256 outputs are a unit (128: 7 % slower at 256 channels), 7.4 past the
+//   caches; one of 16px 2.8, where conv_few_weight takes 6.7; 4 of 4px 1.7, m = 2 1.3 (2.0). No
+//   gain: asking for the next tiles (1 to 2 %), blocks of 64 words of int16 (equal) or 128 (5 to
+//   10 % slower), all frequencies of a few outputs at a time (30 % slower at 256 channels),
+//   prefetching sums (2 %, with F(2x2, 3x3)).
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "kernel.h"
@@ -34,8 +47,8 @@ namespace {
 const char* why_not(const Inputs& a) {
   const View &x = a.t[0], &g = a.t[1];
   if (x.dtype != g.dtype) return "inputs differ in dtype";
-  if (x.shape[0] * x.shape[1] * x.shape[2] < 1024) return "fewer than 1024 positions";
-  if (x.shape[3] < 32 || g.shape[3] < 32) return "fewer than 32 channels";
+  if (x.shape[0] * x.shape[1] * x.shape[2] < 16) return "fewer than 16 positions";
+  if (x.shape[3] < 32) return "fewer than 32 channels";
   return nullptr;
 }
 }  // namespace
@@ -48,263 +61,417 @@ REFUSES(conv3x3_weight, why_not)
 // clang-format off: simd.h comes first
 #include "simd.h"
 #include "dot.h"
+#include "winograd.h"
+#include "fixed_point.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;                   // outputs of a unit
-constexpr int kRows = kLanes == 16 ? 8 : 4;          // channels of a register tile
-constexpr int64_t kWords = 64;                       // words of one chain of multiply-adds
-constexpr int64_t kMostChannels = 128, kLeast = 32;  // of a unit; multiples of kLanes
-// words of one of the 16 transformed gradients; without the odd vectors here and below all 16 would
-// fall into the same sets of L1
-constexpr int64_t kGradientSize = kWords * kPanel + kLanes;
+constexpr int kPanel = 2 * kLanes;                  // channels of a unit
+constexpr int64_t kMostOutputs = 256, kLeast = 32;  // of a unit; multiples of kLanes
 
-struct Shape {
-  int64_t B, H, W, C, O, across, tiles, channels;  // tiles: of one image; channels: of a unit
-  Shape(const Args& a)
+// T: of x and g; To: of dw and db; kOut: rows and columns of a tile
+template <class T, class To, int kOut>
+struct Gradient {
+  static constexpr bool kFixed = sizeof(T) == 2;  // factors in int16
+  static constexpr int kPer = kFixed ? 2 : 1;     // tiles to a word
+  // outputs of a register tile; float32 has its sums twice
+  static constexpr int kRows = kFixed && kLanes == 16 ? 8 : 4;
+  static constexpr int64_t kPart = 8;  // words that float32 adds one after the other
+  using Line = Winograd<kOut, false>;
+  static constexpr int kTaps = Line::kTaps, kF = kTaps * kTaps;
+  static constexpr int64_t kWords = kFixed ? 32 : 64;  // of a block
+  static constexpr int64_t kTiles = kWords * kPer;
+  // from frequency to frequency; without the odd vectors here and below all of them would fall into
+  // the same sets of L1
+  static constexpr int64_t kPanelSize = kWords * kPanel + kLanes;
+  static constexpr int64_t kStage = kTiles * kLanes + kLanes;  // of values before rounding
+
+  int64_t B, H, W, C, O, across, tiles, outputs;  // tiles: of one image; outputs: of a unit
+  const T *x, *g;
+  To *dw, *db;
+  Scratch<float> input_scale, gradient_scale;  // [B tiles], to whole blocks
+
+  explicit Gradient(const Args& a)
       : B(a.t[0].shape[0]),
         H(a.t[0].shape[1]),
         W(a.t[0].shape[2]),
         C(a.t[0].shape[3]),
         O(a.t[1].shape[3]),
-        across((W + 1) / 2),
-        tiles((H + 1) / 2 * across),
-        channels(kMostChannels) {
-    while (channels > kLeast && units() < a.threads) channels /= 2;
+        across((W + kOut - 1) / kOut),
+        tiles((H + kOut - 1) / kOut * across),
+        outputs(kMostOutputs),
+        x(a.t[0].as<T>()),
+        g(a.t[1].as<T>()),
+        dw(a.t[2].as<To>()),
+        db(a.t[3].as<To>()) {
+    outputs = whole_vectors(std::min(outputs, O));
+    while (outputs > kLeast && units() < a.threads) outputs = whole_vectors(outputs / 2);
   }
-  int64_t panels() const { return (O + kPanel - 1) / kPanel; }
-  int64_t input_size() const { return channels * kWords + kLanes; }  // of the 16 inputs
-  int64_t units() const { return (C + channels - 1) / channels * panels(); }
-};
 
-struct Corner {  // of a tile: its image, and the first row and column of its 2x2 positions
-  int64_t image, row, column;
-  Corner(const Shape& s, int64_t tile)
-      : image(tile / s.tiles), row(tile % s.tiles / s.across * 2), column(tile % s.across * 2) {}
-};
+  static int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  int64_t panels() const { return (C + kPanel - 1) / kPanel; }
+  int64_t units() const { return (O + outputs - 1) / outputs * panels(); }
+  int64_t block_size() const { return outputs * kWords + kLanes; }  // of one frequency
 
-// To: of dw and db; kNative: vdpbf16ps and its rounding are there
-template <class T, class To, bool kNative>
-struct Gradient {
-  static constexpr int kPer = 4 / sizeof(T);  // tiles to a word
-  Shape s;
-  const T *x, *g;
-  To *dw, *db;
+  Scratch<T> no_pixel() const {
+    auto zeros = scratch<T>(std::max(C, O));
+    std::fill_n(zeros.get(), std::max(C, O), T{});
+    return zeros;
+  }
 
-  explicit Gradient(const Args& a)
-      : s(a), x(a.t[0].as<T>()), g(a.t[1].as<T>()), dw(a.t[2].as<To>()), db(a.t[3].as<To>()) {}
+  // where the tiles of a block are; what lies outside, and tiles past the last, are at zeros
+  struct Places {
+    const T* input[kTiles][kF];
+    const T* gradient[kTiles][kOut * kOut];
+    const float *input_scale, *gradient_scale;  // of int16: see balance
+  };
 
-  // the same value of the tiles of a word
-  VQFAST_INLINE static void put(int32_t* to, VF (&of)[kPer][16], int i) {
-    if constexpr (kPer == 1) {
-      store((float*)to, of[0][i]);
+  // of the block that begins at a tile
+  void find(int64_t begin, const T* zeros, Places& at) const {
+    const int64_t end = std::min(B * tiles, begin + kTiles);
+    at.input_scale = input_scale.get() + begin;
+    at.gradient_scale = gradient_scale.get() + begin;
+    for (int64_t n = 0; n < kTiles; ++n) {
+      const int64_t tile = begin + n, image = tile / tiles;
+      const int64_t top = tile % tiles / across * kOut, left = tile % across * kOut;
+      const auto place = [&](const T* of, int64_t row, int64_t column, int64_t width) {
+        const bool inside = tile < end && row >= 0 && row < H && column >= 0 && column < W;
+        return inside ? of + ((image * H + row) * W + column) * width : zeros;
+      };
+      for (int i = 0; i < kTaps; ++i)
+        for (int j = 0; j < kTaps; ++j)
+          at.input[n][i * kTaps + j] = place(x, top + i - 1, left + j - 1, C);
+      for (int i = 0; i < kOut; ++i)
+        for (int j = 0; j < kOut; ++j)
+          at.gradient[n][i * kOut + j] = place(g, top + i, left + j, O);
+    }
+  }
+
+  // A tile's inputs and gradients by powers of two, one the reciprocal of the other, that make both
+  // about as large: large inputs with small gradients do not push the other tiles out.
+  void balance(int64_t begin, const Places& at) const {
+    for (int64_t n = 0; n < kTiles; ++n) {
+      const int input = largest_bits(at.input[n], kF, C);
+      const int gradient = largest_bits(at.gradient[n], kOut * kOut, O);
+      const bool finite = input < kInfinity && gradient < kInfinity;
+      const int power = finite ? std::clamp(((gradient >> 7) - (input >> 7)) / 2, -120, 120) : 0;
+      const bool zero = input == 0 || gradient == 0;
+      input_scale[begin + n] = zero ? 0.0f : std::ldexp(1.0f, power);
+      gradient_scale[begin + n] = zero ? 0.0f : std::ldexp(1.0f, -power);
+    }
+  }
+
+  // One thread balances a block as it comes to it instead, and finds it in cache then.
+  void balance_all(int threads, int64_t blocks) const {
+    parallel_for(threads, blocks, 1, [&](int64_t from, int64_t to) {
+      const auto zeros = no_pixel();
+      const auto at = scratch<Places>(1);
+      for (int64_t block = from; block < to; ++block) {
+        find(block * kTiles, zeros.get(), *at.get());
+        balance(block * kTiles, *at.get());
+      }
+    });
+  }
+
+  // take(f, B' d B) of channels [c, c + n) of a tile
+  template <class Take>
+  VQFAST_INLINE void transform_input(const Places& at, int64_t tile, int64_t c, int n,
+                                     Take&& take) const {
+    VF t[kTaps][kTaps];  // [column][row]
+#pragma GCC unroll 6
+    for (int j = 0; j < kTaps; ++j) {
+      VF d[kTaps];
+#pragma GCC unroll 6
+      for (int i = 0; i < kTaps; ++i) {
+        d[i] = load_n(at.input[tile][i * kTaps + j] + c, n);
+        if constexpr (kFixed) d[i] *= at.input_scale[tile];
+      }
+      Line::inputs(d, t[j]);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTaps; ++i) {
+      VF d[kTaps], out[kTaps];
+#pragma GCC unroll 6
+      for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
+      Line::inputs(d, out);
+#pragma GCC unroll 6
+      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, out[j]);
+    }
+  }
+
+  // take(f, A g A') of outputs [o, o + n) of a tile; returns the sum of its gradients
+  template <class Take>
+  VQFAST_INLINE VF transform_gradient(const Places& at, int64_t tile, int64_t o, int n,
+                                      Take&& take) const {
+    VF t[kOut][kTaps], total{};  // [column][row]
+#pragma GCC unroll 4
+    for (int j = 0; j < kOut; ++j) {
+      VF d[kOut], sum{};
+#pragma GCC unroll 4
+      for (int i = 0; i < kOut; ++i) {
+        d[i] = load_n(at.gradient[tile][i * kOut + j] + o, n);
+        sum += d[i];
+        if constexpr (kFixed) d[i] *= at.gradient_scale[tile];
+      }
+      total += sum;
+      Line::output_gradients(d, t[j]);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTaps; ++i) {
+      VF d[kOut], out[kTaps];
+#pragma GCC unroll 4
+      for (int j = 0; j < kOut; ++j) d[j] = t[j][i];
+      Line::output_gradients(d, out);
+#pragma GCC unroll 6
+      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, out[j]);
+    }
+    return total;
+  }
+
+  // Where one vector of transformed values goes: word t of frequency f to to[f * stride + t *
+  // step]; what undoes the factors of int16 to inverse[f * apart].
+  struct Column {
+    int32_t* to;
+    int64_t stride, step;
+    float* inverse;
+    int64_t apart;
+  };
+
+  // transform(tile, take) for all tiles of n words, rounded
+  template <class Transform>
+  VQFAST_INLINE static void fill(const Column& of, int64_t words, float* stage,
+                                 Transform&& transform) {
+    if constexpr (!kFixed) {
+      for (int64_t t = 0; t < words; ++t)
+        transform(t, [&](int f, VF v) __attribute__((always_inline)) {
+          store(reinterpret_cast<float*>(of.to) + f * of.stride + t * of.step, v);
+        });
     } else {
-      const VI word = pair<kNative>(of[0][i], of[1][i]);
-      __builtin_memcpy(to, &word, sizeof word);
-    }
-  }
-
-  // B' d B of channels [first, first + s.channels) of the tiles of a word -> v[f * s.input_size() +
-  // group * kWords * kLanes], group counts vectors of channels; zeros past C and tile `end`
-  void transform_input(int64_t tile, int64_t end, int64_t first, int32_t* v) const {
-    const T* from[kPer][4][4];  // null outside
-    for (int part = 0; part < kPer; ++part) {
-      const Corner at(s, tile + part);
-      for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) {
-          const int64_t row = at.row + i - 1, column = at.column + j - 1;
-          const bool inside = row >= 0 && row < s.H && column >= 0 && column < s.W;
-          from[part][i][j] = inside && tile + part < end
-                                 ? x + ((at.image * s.H + row) * s.W + column) * s.C + first
-                                 : nullptr;
-        }
-    }
-    const int64_t groups = s.channels / kLanes, stride = s.input_size();
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t c = group * kLanes;
-      const int n = static_cast<int>(std::clamp<int64_t>(s.C - first - c, 0, kLanes));
-      VF out[kPer][16];
-#pragma GCC unroll 2
-      for (int part = 0; part < kPer; ++part) {
-        VF t[4][4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          VF d[4];
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i)
-            d[i] = n > 0 && from[part][i][j] ? load_n(from[part][i][j] + c, n) : VF{};
-          t[0][j] = d[0] - d[2];
-          t[1][j] = d[1] + d[2];
-          t[2][j] = d[2] - d[1];
-          t[3][j] = d[1] - d[3];
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          out[part][i * 4] = t[i][0] - t[i][2];
-          out[part][i * 4 + 1] = t[i][1] + t[i][2];
-          out[part][i * 4 + 2] = t[i][2] - t[i][1];
-          out[part][i * 4 + 3] = t[i][1] - t[i][3];
+      const int64_t count = (words + 1) / 2 * 4;
+      for (int64_t t = 0; t < count; ++t)
+        transform(t, [&](int f, VF v) __attribute__((always_inline)) {
+          store(stage + f * kStage + t * kLanes, v);
+        });
+      for (int f = 0; f < kF; ++f) {
+        const float* two = stage + f * kStage;
+        const VF factor = bounding_factors(two, count);
+        store(of.inverse + f * of.apart, 1.0f / factor);
+        int32_t* to = of.to + f * of.stride;
+        for (int64_t t = 0, step = of.step; t < words; ++t, to += step, two += 2 * kLanes) {
+          const VI word = int16_pair(load(two) * factor, load(two + kLanes) * factor);
+          __builtin_memcpy(to, &word, sizeof word);
         }
       }
-#pragma GCC unroll 16
-      for (int f = 0; f < 16; ++f) put(v + f * stride + c * kWords, out, f);
     }
   }
 
-  // A g A' of the tiles of a word and one panel -> u[f * kGradientSize]; zeros past O and tile
-  // `end`; total [kPanel] += the sum of each tile's gradients
-  void transform_gradient(int64_t tile, int64_t end, int64_t panel, int32_t* u,
-                          float* total) const {
-    for (int half = 0; half < kPanel; half += kLanes) {
-      const int64_t o = panel * kPanel + half;
-      const int n = static_cast<int>(std::clamp<int64_t>(s.O - o, 0, kLanes));
-      VF out[kPer][16];
-#pragma GCC unroll 2
-      for (int part = 0; part < kPer; ++part) {
-        const Corner at(s, tile + part);
-        VF t[4][2];
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          VF d[2] = {};
-#pragma GCC unroll 2
-          for (int i = 0; i < 2; ++i) {
-            const int64_t row = at.row + i, column = at.column + j;
-            if (n > 0 && tile + part < end && row < s.H && column < s.W)
-              d[i] = load_n(g + ((at.image * s.H + row) * s.W + column) * s.O + o, n);
-          }
-          t[0][j] = d[0];
-          t[1][j] = d[0] + d[1];
-          t[2][j] = d[0] - d[1];
-          t[3][j] = -d[1];
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          out[part][i * 4] = t[i][0];
-          out[part][i * 4 + 1] = t[i][0] + t[i][1];
-          out[part][i * 4 + 2] = t[i][0] - t[i][1];
-          out[part][i * 4 + 3] = -t[i][1];
-        }
-        store(total + half, load(total + half) + out[part][5]);
-      }
-#pragma GCC unroll 16
-      for (int f = 0; f < 16; ++f) put(u + f * kGradientSize + half, out, f);
-    }
+  __attribute__((noinline)) void fill_inputs(const Column& of, int64_t words, float* stage,
+                                             const Places& at, int64_t c) const {
+    const auto some = [&](int n) __attribute__((always_inline)) {
+      fill(of, words, stage, [&](int64_t tile, auto&& take) __attribute__((always_inline)) {
+        transform_input(at, tile, c, n, take);
+      });
+    };
+    if (C - c >= kLanes)
+      some(kLanes);
+    else
+      some(static_cast<int>(C - c));
   }
 
-  // sums [kRows, kPanel] += sum over n words of v [kRows of kLanes] u [kPanel]. Every loop over the
-  // rows is unrolled by hand, the first one too: one that is not keeps the sums in memory.
-  __attribute__((noinline)) static void multiply(const int32_t* v, const int32_t* u, int64_t n,
-                                                 float* sums) {
-    VF low[kRows], high[kRows];
+  __attribute__((noinline)) VF fill_gradients(const Column& of, int64_t words, float* stage,
+                                              const Places& at, int64_t o) const {
+    VF total{};
+    const auto some = [&](int n) __attribute__((always_inline)) {
+      fill(of, words, stage, [&](int64_t tile, auto&& take) __attribute__((always_inline)) {
+        total += transform_gradient(at, tile, o, n, take);
+      });
+    };
+    if (O - o >= kLanes)
+      some(kLanes);
+    else
+      some(static_cast<int>(O - o));
+    return total;
+  }
+
+  // Every loop over the rows is unrolled by hand, the first one too: one that is not keeps the sums
+  // in memory.
+
+  // low, high [kRows] = sum over n words of u [kRows of kLanes] v [kPanel]
+  template <class Sum>
+  VQFAST_INLINE static void chain(const int32_t* u, const int32_t* v, int64_t n, Sum* low,
+                                  Sum* high) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) low[r] = high[r] = VF{};
-    for (int64_t t = 0; t < n; ++t, v += kLanes, u += kPanel) {
-      const VI u0 = load_int(u), u1 = load_int(u + kLanes);
+    for (int r = 0; r < kRows; ++r) low[r] = high[r] = Sum{};
+    for (int64_t t = 0; t < n; ++t, u += kLanes, v += kPanel) {
+      const VI v0 = load_int(v), v1 = load_int(v + kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const VI each = every_lane(v + r);
-        if constexpr (kPer == 2) {
-          low[r] = dot2<kNative>(low[r], u0, each);
-          high[r] = dot2<kNative>(high[r], u1, each);
+        const VI each = every_lane(u + r);
+        if constexpr (kFixed) {
+          low[r] = dot2_int(low[r], v0, each);
+          high[r] = dot2_int(high[r], v1, each);
         } else {
-          low[r] = fma((VF)each, (VF)u0, low[r]);
-          high[r] = fma((VF)each, (VF)u1, high[r]);
+          low[r] = fma((VF)each, (VF)v0, low[r]);
+          high[r] = fma((VF)each, (VF)v1, high[r]);
+        }
+      }
+    }
+  }
+
+  // sums [kRows, kPanel] = or += if add, the same of a block, without the factors of int16
+  __attribute__((noinline)) static void multiply(const int32_t* u, const float* u_inverse,
+                                                 const int32_t* v, const float* v_inverse,
+                                                 int64_t n, bool add, float* sums) {
+    VF low[kRows], high[kRows];
+    if constexpr (kFixed) {
+      VI low_int[kRows], high_int[kRows];
+      chain(u, v, n, low_int, high_int);
+      const VF left = load(v_inverse), right = load(v_inverse + kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        low[r] = __builtin_convertvector(low_int[r], VF) * u_inverse[r] * left;
+        high[r] = __builtin_convertvector(high_int[r], VF) * u_inverse[r] * right;
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) low[r] = high[r] = VF{};
+      for (int64_t t = 0; t < n; t += kPart) {
+        VF low_part[kRows], high_part[kRows];
+        chain(u + t * kLanes, v + t * kPanel, std::min(kPart, n - t), low_part, high_part);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          low[r] += low_part[r];
+          high[r] += high_part[r];
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       float* to = sums + r * kPanel;
-      store(to, load(to) + low[r]);
-      store(to + kLanes, load(to + kLanes) + high[r]);
+      store(to, add ? load(to) + low[r] : low[r]);
+      store(to + kLanes, add ? load(to + kLanes) + high[r] : high[r]);
     }
   }
 
-  // G' m G of one channel and panel -> dw; m[f * stride + o]
-  void transform_sums(const float* m, int64_t stride, int64_t c, int64_t panel) const {
+  // Whole lines of memory go past the caches: nobody reads them before the optimiser, and Linux or
+  // the cache would fetch each one before it is written.
+  VQFAST_INLINE static void put(To* to, VF v, int n) {
+#if VQFAST_LANES == 16
+    if constexpr (sizeof(To) == 4)
+      if (n == kLanes && reinterpret_cast<uintptr_t>(to) % sizeof v == 0)
+        return _mm512_stream_ps(to, (__m512)v);
+#endif
+    store_n(to, v, n);
+  }
+
+  // G' m G of one output and panel -> dw; m[f * stride + c]
+  void transform_sums(const float* m, int64_t stride, int64_t o, int64_t panel) const {
     for (int half = 0; half < kPanel; half += kLanes) {
-      VF t[3][4];
-      for (int j = 0; j < 4; ++j) {
-        VF d[4];
-        for (int i = 0; i < 4; ++i) d[i] = load(m + (i * 4 + j) * stride + half);
-        t[0][j] = d[0] + (d[1] + d[2]) * 0.5f;
-        t[1][j] = (d[1] - d[2]) * 0.5f;
-        t[2][j] = (d[1] + d[2]) * 0.5f + d[3];
+      const int64_t c = panel * kPanel + half;
+      if (c >= C) return;
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, C - c));
+      VF t[kTaps][3];
+#pragma GCC unroll 6
+      for (int j = 0; j < kTaps; ++j) {
+        VF d[kTaps];
+#pragma GCC unroll 6
+        for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * stride + half);
+        Line::weight_gradients(d, t[j]);
       }
-      To out[9][kLanes];
-      for (int i = 0; i < 3; ++i) {
-        store(out[i * 3], t[i][0] + (t[i][1] + t[i][2]) * 0.5f);
-        store(out[i * 3 + 1], (t[i][1] - t[i][2]) * 0.5f);
-        store(out[i * 3 + 2], (t[i][1] + t[i][2]) * 0.5f + t[i][3]);
+#pragma GCC unroll 3
+      for (int p = 0; p < 3; ++p) {
+        VF d[kTaps], out[3];
+#pragma GCC unroll 6
+        for (int j = 0; j < kTaps; ++j) d[j] = t[j][p];
+        Line::weight_gradients(d, out);
+#pragma GCC unroll 3
+        for (int q = 0; q < 3; ++q) put(dw + ((o * 3 + p) * 3 + q) * C + c, out[q], n);
       }
-      const int64_t first = panel * kPanel + half, end = std::min(s.O, first + kLanes);
-      for (int64_t o = first; o < end; ++o)
-        for (int k = 0; k < 9; ++k) dw[(o * 9 + k) * s.C + c] = out[k][o - first];
     }
   }
 
-  // panels [from, to) of the block of channels from `first` on, over all positions
-  void run_block(int64_t first, int64_t from, int64_t to) const {
-    const int64_t size = s.channels * kPanel, tiles = s.B * s.tiles;
-    const auto v = scratch<int32_t>(16 * s.input_size());
-    const auto u = scratch<int32_t>(16 * kGradientSize);
-    std::vector<float> sums(static_cast<size_t>((to - from) * 16 * size));
-    std::vector<float> bias(static_cast<size_t>((to - from) * kPanel));
-    for (int64_t begin = 0; begin < tiles; begin += kWords * kPer) {
-      const int64_t end = std::min(tiles, begin + kWords * kPer);
+  // panels [from, to) of the block of outputs from `first` on, over all positions; fresh: tiles are
+  // not balanced yet
+  void run_block(int64_t first, int64_t from, int64_t to, bool fresh) const {
+    const int64_t size = outputs * kPanel + kLanes, all = B * tiles;
+    const int64_t here = std::min(outputs, O - first), vectors = (here + kLanes - 1) / kLanes;
+    const auto u = scratch<int32_t>(kF * block_size());
+    const auto v = scratch<int32_t>(kF * kPanelSize);
+    const auto stage = scratch<float>(kFixed ? kF * kStage : 0);
+    const auto u_inverse = scratch<float>(kF * outputs), v_inverse = scratch<float>(kF * kPanel);
+    const auto zeros = no_pixel();
+    const auto at = scratch<Places>(1);
+    std::vector<float> bias(static_cast<size_t>(outputs));
+    const bool once = all <= kTiles;
+    const auto sums = scratch<float>((once ? 1 : to - from) * kF * size);
+    for (int64_t begin = 0; begin < all || begin == 0; begin += kTiles) {
+      const int64_t end = std::min(all, begin + kTiles);
       const int64_t words = (end - begin + kPer - 1) / kPer;
-      for (int64_t t = 0; t < words; ++t)
-        transform_input(begin + t * kPer, end, first, v.get() + t * kLanes);
+      find(begin, zeros.get(), *at.get());
+      if constexpr (kFixed)
+        if (fresh) balance(begin, *at.get());
+      for (int64_t k = 0; k < vectors; ++k) {
+        const Column of{u.get() + k * kWords * kLanes, block_size(), kLanes,
+                        u_inverse.get() + k * kLanes, outputs};
+        const VF total = fill_gradients(of, words, stage.get(), *at.get(), first + k * kLanes);
+        float* b = bias.data() + k * kLanes;
+        store(b, load(b) + total);
+      }
       for (int64_t p = from; p < to; ++p) {
-        float total[kPanel] = {};
-        for (int64_t t = 0; t < words; ++t)
-          transform_gradient(begin + t * kPer, end, p, u.get() + t * kPanel, total);
-        float* m = sums.data() + (p - from) * 16 * size;
-        for (int64_t f = 0; f < 16; ++f)
-          for (int64_t c = 0; c < s.channels; c += kRows)
-            multiply(v.get() + f * s.input_size() + c / kLanes * kWords * kLanes + c % kLanes,
-                     u.get() + f * kGradientSize, words, m + f * size + c * kPanel);
-        float* b = bias.data() + (p - from) * kPanel;
-        for (int i = 0; i < kPanel; ++i) b[i] += total[i];
+        for (int half = 0; half < kPanel && p * kPanel + half < C; half += kLanes) {
+          const Column of{v.get() + half, kPanelSize, kPanel, v_inverse.get() + half, kPanel};
+          fill_inputs(of, words, stage.get(), *at.get(), p * kPanel + half);
+        }
+        float* m = sums.get() + (once ? 0 : p - from) * kF * size;
+        for (int64_t f = 0; f < kF; ++f)
+          for (int64_t o = 0; o < here; o += kRows)
+            multiply(u.get() + f * block_size() + o / kLanes * kWords * kLanes + o % kLanes,
+                     u_inverse.get() + f * outputs + o, v.get() + f * kPanelSize,
+                     v_inverse.get() + f * kPanel, words, begin > 0, m + f * size + o * kPanel);
+        if (end == all)
+          for (int64_t o = 0; o < here; ++o) transform_sums(m + o * kPanel, size, first + o, p);
       }
     }
-    for (int64_t p = from; p < to; ++p) {
-      const float* m = sums.data() + (p - from) * 16 * size;
-      for (int64_t c = first; c < std::min(s.C, first + s.channels); ++c)
-        transform_sums(m + (c - first) * kPanel, size, c, p);
-      if (first > 0) continue;
-      const float* b = bias.data() + (p - from) * kPanel;
-      for (int64_t o = p * kPanel; o < std::min(s.O, (p + 1) * kPanel); ++o)
-        db[o] = from_float<To>(b[o - p * kPanel]);
-    }
+    if (from == 0)
+      for (int64_t o = 0; o < here; ++o) db[first + o] = from_float<To>(bias[o]);
   }
 
-  void run(int threads) const {
-    const int64_t panels = s.panels();
-    parallel_for(threads, s.units(), 1, [&](int64_t from, int64_t to) {
+  void run(int threads) {
+    const int64_t blocks = std::max<int64_t>(1, (B * tiles + kTiles - 1) / kTiles);
+    input_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
+    gradient_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
+    if constexpr (kFixed)
+      if (threads > 1) balance_all(threads, blocks);
+    const int64_t many = panels();
+    parallel_for(threads, units(), 1, [&](int64_t from, int64_t to) {
+      bool fresh = threads == 1;
       while (from < to) {
-        const int64_t block = from / panels, end = std::min(to, (block + 1) * panels);
-        run_block(block * s.channels, from - block * panels, end - block * panels);
+        const int64_t block = from / many, end = std::min(to, (block + 1) * many);
+        run_block(block * outputs, from - block * many, end - block * many, fresh);
         from = end;
+        fresh = false;
       }
     });
   }
 };
 
-template <class T, bool kNative>
+template <class T, class To>
 void run_gradient(const Args& a) {
-  if (a.t[2].dtype == DType::f32) return Gradient<T, float, kNative>(a).run(a.threads);
-  if constexpr (sizeof(T) == 2) Gradient<T, T, kNative>(a).run(a.threads);
+  // From so many positions on large tiles pay: in int16 more sums to transform, in float32 an error
+  // that is more than twice that of a direct sum of fewer.
+  constexpr int64_t kLargeTiles = sizeof(T) == 2 ? 256 : 16384;
+  const View& x = a.t[0];
+  if (x.shape[0] * x.shape[1] * x.shape[2] < kLargeTiles)
+    return Gradient<T, To, 2>(a).run(a.threads);
+  Gradient<T, To, 4>(a).run(a.threads);
 }
 
 void run(const Args& a) {
-  if (a.t[0].dtype == DType::f32) return run_gradient<float, false>(a);
-#if VQFAST_LANES == 16
-  if (has_avx512_bf16()) return run_gradient<bf16, true>(a);
-#endif
-  run_gradient<bf16, false>(a);
+  if (a.t[0].dtype == DType::f32) return run_gradient<float, float>(a);
+  if (a.t[2].dtype == DType::f32) return run_gradient<bf16, float>(a);
+  run_gradient<bf16, bf16>(a);
 }
 
 }  // namespace

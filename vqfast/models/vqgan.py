@@ -32,6 +32,7 @@ from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsam
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
 from vqfast.nn.quantizers.gumbel import GumbelQuantizer
 from vqfast.nn.quantizers.vector import VectorQuantizer
+from vqfast.nn.trained_conv import Conv2d
 
 __all__ = ["PRESETS", "VQGAN", "Decoder", "Encoder", "VQGANConfig"]
 
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = GroupNormSiLU(width)
-        self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+        self.conv_out = Conv2d(width, c.out_ch, 3, padding=1)
         mark_norms(self.parts())
 
     def parts(self) -> Iterator[nn.Module]:

@@ -2,11 +2,12 @@
 
     dw[o, c, p, q] = Σ_{b, i, j} g[b, o, i, j] · x[b, c, i + p − 1, j + q − 1],   db_o = Σ g_o
 
-The C++ kernel is the transpose of Winograd's F(2x2, 3x3) in the weights: 16 products for 4
-positions in place of 36. The reference is torch's gradient, which also serves where the kernel
-refuses (few positions or channels, other dtypes, GPUs).
+The C++ kernel is the transpose of Winograd's F(4x4, 3x3) in the weights: 36 products for 16
+positions in place of 144, or on few positions of F(2x2, 3x3): 16 for 4 in place of 36. The
+reference is torch's gradient, which also serves where the kernel refuses (few positions or
+channels, other dtypes, GPUs).
 
-Cost: 18·B·H·W·C·O flops by definition, 2.25 times fewer by Winograd; reads x and g, writes dw.
+Cost: 18·B·H·W·C·O flops by definition, 4 or 2.25 times fewer by Winograd; reads x and g, writes dw.
 Source: arXiv:1509.09308 section 4.1.
 """
 
