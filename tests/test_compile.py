@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from vqfast import GPT, VQGAN, GPTConfig, VQGANConfig
+from vqfast.nn import known_stats
 
 TINY = VQGANConfig(
     ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(16,), resolution=32,
@@ -35,7 +36,9 @@ def _compiled(fn):
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("verb", ["encode", "decode", "encoder", "decoder"])
-def test_tokenizer_is_one_graph_and_few_of_them_for_many_sizes(tok, verb, dtype):
+def test_tokenizer_is_one_graph_and_few_of_them_for_many_sizes(tok, verb, dtype, monkeypatch):
+    # a graph finds all statistics by passes of their own, which rounds differently
+    monkeypatch.setattr(known_stats, "wanted", lambda: False)
     tok, call = tok.to(dtype), getattr(tok, verb)
     compiled = _compiled(call)
     for batch, side in ((2, 16), (1, 16), (3, 24), (4, 24)):
