@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vqfast._dispatch import results_by
-from vqfast.models.tiled_pool import Pool
+from vqfast.models.tiled_pool import Pool, give_back_heap
 from vqfast.nn import known_stats
 from vqfast.nn.blocks import Conv3x3, GroupNormSiLU, ResBlock, Upsample
 
@@ -25,9 +25,9 @@ __all__ = ["mark_norms", "run"]
 # clearing them was 6 to 24 % of a bfloat16 encode of 4 images at 256 px (loaded Zen 4, 2026-11-30).
 _LARGE_BYTES = 32 << 20
 # From this size on maps lie in memory of their own, where a freed one serves the next of its size:
-# glibc 2.36 cannot give a freed aligned block out again as one of the same size. From 8 MiB on, a
-# bfloat16 decode peaked 14 MiB higher, and was 0.98 to 1.02 times as fast.
-_POOLED_BYTES = 2 << 20
+# glibc 2.36 cannot give a freed aligned block out again as one of the same size. From 2 MiB on, an
+# encode took 1.2 times as long: fresh mappings have to be cleared.
+_POOLED_BYTES = 8 << 20
 
 
 def _bytes(part: nn.Module, x: Tensor) -> int:
@@ -43,11 +43,15 @@ def run(parts: list[nn.Module], x: Tensor) -> Tensor:
         for part in parts:
             x = part(x)
         return x
-    pool = Pool(0)
+    pool, small_before = Pool(0), False
     with known_stats.kept():
         while parts:
             size = len(x) * _bytes(parts[0], x) if len(x) else 0
-            with results_by(pool.place) if size >= _POOLED_BYTES else nullcontext():
+            pooled = size >= _POOLED_BYTES
+            if pooled and small_before:
+                give_back_heap()  # what the smaller maps of a decoder left
+            small_before = not pooled
+            with results_by(pool.place) if pooled else nullcontext():
                 if len(x) > 1 and size >= _LARGE_BYTES:
                     x, parts = _run_by_images(parts, x)
                 else:
