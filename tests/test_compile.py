@@ -1,11 +1,14 @@
 """torch.compile of our own networks: one graph each, the same results, at more than one size."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from vqfast import GPT, VQGAN, GPTConfig, VQGANConfig
 from vqfast.nn import known_stats
+from vqfast.testing import compare, tolerances
 
 TINY = VQGANConfig(
     ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(16,), resolution=32,
@@ -52,6 +55,20 @@ def test_tokenizer_is_one_graph_and_few_of_them_for_many_sizes(tok, verb, dtype,
     # the first shape, a batch of 1, any other batch or side; in bfloat16 attention goes by blocks
     # of 256 positions, and another number of blocks is another graph
     assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_graph_gives_what_the_network_gives_by_itself(tok, part, dtype):
+    network = getattr(tok, part)
+    x = torch.rand(2, network.conv_in.in_channels, 64, 64) * 2 - 1
+    exact = copy.deepcopy(network).double()(x.to(dtype).double()).detach()
+    network, x = network.to(dtype), x.to(dtype)
+    with torch.no_grad():
+        by_itself, graph = network(x), _compiled(network)(x)
+    # by itself it finds statistics in its convolutions: equal up to rounding
+    assert compare.budget_ratio(by_itself, graph, exact, tolerances.FORWARD) <= 1
+    assert compare.budget_ratio(graph, by_itself, exact, tolerances.FORWARD) <= 1
 
 
 @pytest.mark.parametrize("code", [-1, 64])

@@ -66,13 +66,14 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if _by_op(x, self):
-            return self._by_op(x, residual)
+            return self._noted(x, residual)
         if torch.is_grad_enabled():
             return trained_conv3x3(x, self.weight, self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y.add_(residual)
 
-    def _by_op(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _noted(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """By an op; the statistics are noted where a normalisation reads the result next."""
         given = (x, self.weight, self.bias, residual)
         # a hook or a subclass may change the result before it is normalised
         ours = type(self) is Conv3x3 and not self._forward_hooks
