@@ -13,7 +13,7 @@ namespace vqfast::VQFAST_ISA {
 namespace {
 
 template <class T, bool kNative>
-struct Direct {
+struct DirectConv {
   static constexpr int kPer = 4 / sizeof(T);  // values to a word
   static constexpr int64_t kPositions = 48;   // a multiple of kRows
 
@@ -26,7 +26,7 @@ struct Direct {
   T* y;
   Statistics* statistics;  // of y, or null
 
-  Direct(const Args& a, Statistics* statistics)
+  DirectConv(const Args& a, Statistics* statistics)
       : B(a.t[0].shape[0]),
         H(a.t[0].shape[1]),
         W(a.t[0].shape[2]),

@@ -6,6 +6,15 @@
 
 namespace vqfast::VQFAST_ISA {
 
+#if VQFAST_LANES == 16
+VQFAST_INLINE __m256i native_bf16(VF v) {
+  // the instruction belongs to no target that this project compiles for
+  __m256i half;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
+  return half;
+}
+#endif
+
 template <bool kNative, class T>
 VQFAST_INLINE void store_rounded(T* p, VF v, int n) {
   store_n(p, v, n);
@@ -13,12 +22,8 @@ VQFAST_INLINE void store_rounded(T* p, VF v, int n) {
 template <bool kNative>
 VQFAST_INLINE void store_rounded(bf16* p, VF v, int n) {
 #if VQFAST_LANES == 16
-  if constexpr (kNative) {
-    // it belongs to no target that this project compiles for
-    __m256i half;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
-    return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), half);
-  }
+  if constexpr (kNative)
+    return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), native_bf16(v));
 #endif
   store_n(p, v, n);
 }
@@ -28,11 +33,7 @@ template <bool kNative, class T>
 VQFAST_INLINE VF rounded(VF v) {
   if constexpr (std::is_same_v<T, float>) return v;
 #if VQFAST_LANES == 16
-  if constexpr (kNative) {
-    __m256i half;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
-    return (VF)((VI)_mm512_cvtepu16_epi32(half) << 16);
-  }
+  if constexpr (kNative) return (VF)((VI)_mm512_cvtepu16_epi32(native_bf16(v)) << 16);
 #endif
   T memory[kLanes];
   store_n(memory, v, kLanes);

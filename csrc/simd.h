@@ -41,12 +41,13 @@ VQFAST_INLINE VF load(const float* p) {
 }
 VQFAST_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// the first n lanes (0 <= n <= kLanes); the others are `other`, or are not written
+// the first n lanes (0 <= n <= kLanes, of which >= tells gcc); the others are `other`, or are not
+// written
 VQFAST_INLINE VF load_n(const float* p, int n, float other = 0.0f) {
 #if VQFAST_LANES == 16
   return (VF)_mm512_mask_loadu_ps((__m512)broadcast(other), (__mmask16)((1u << n) - 1u), p);
 #else
-  if (n == kLanes) return load(p);
+  if (n >= kLanes) return load(p);
   VF v = broadcast(other);
   for (int i = 0; i < n; ++i) v[i] = p[i];
   return v;
@@ -56,7 +57,7 @@ VQFAST_INLINE void store_n(float* p, VF v, int n) {
 #if VQFAST_LANES == 16
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), (__m512)v);
 #else
-  if (n == kLanes) return store(p, v);
+  if (n >= kLanes) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
@@ -118,7 +119,7 @@ VQFAST_INLINE VF load(const bf16* p) {
 }
 template <class T>
 VQFAST_INLINE VF load_n(const T* p, int n, float other = 0.0f) {
-  if (n == kLanes) return load(p);
+  if (n >= kLanes) return load(p);
   VF v = broadcast(other);
   for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
   return v;
@@ -144,7 +145,7 @@ VQFAST_INLINE void store(bf16* p, VF v) {
 }
 template <class T>
 VQFAST_INLINE void store_n(T* p, VF v, int n) {
-  if (n == kLanes) return store(p, v);
+  if (n >= kLanes) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
 }
 
