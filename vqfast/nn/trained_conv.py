@@ -8,6 +8,7 @@ of ops/conv3x3_weight.py, which reads no weight and has 4 or 2.25 times fewer pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,20 @@ def _by_winograd(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     return x.shape[0] * x.shape[2] * x.shape[3] >= _WINOGRAD_POSITIONS
 
 
+def pulled_back(
+    ctx: Any,
+    of_x: Callable[[], Tensor],
+    of_weight: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, and dw and db, which come together, of an autograd function whose first inputs are x,
+    weight and bias; None for what is not asked for.
+    """
+    asked = ctx.needs_input_grad
+    dx = of_x() if asked[0] else None
+    dw, db = of_weight() if asked[1] or asked[2] else (None, None)
+    return dx, dw, db if asked[2] else None
+
+
 class _Few(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -43,17 +58,17 @@ class _Few(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            size = (x.shape[2], x.shape[3])
-            dx = conv_few_input(grad, weight, size, **ctx.steps)
-        if any(ctx.needs_input_grad[1:3]):
+        size, k = (x.shape[2], x.shape[3]), weight.shape[2]
+
+        def of_weight() -> tuple[Tensor, Tensor]:
             if _by_winograd(x, weight, **ctx.steps):
-                dw, db = conv3x3_weight(x, grad, dtype=weight.dtype)
-            else:
-                k = weight.shape[2]
-                dw, db = conv_few_weight(x, grad, k, dtype=weight.dtype, **ctx.steps)
-        return dx, dw, db if ctx.needs_input_grad[2] else None, None, None
+                return conv3x3_weight(x, grad, dtype=weight.dtype)
+            return conv_few_weight(x, grad, k, dtype=weight.dtype, **ctx.steps)
+
+        def of_x() -> Tensor:
+            return conv_few_input(grad, weight, size, **ctx.steps)
+
+        return *pulled_back(ctx, of_x, of_weight), None, None
 
 
 class _Many(torch.autograd.Function):
@@ -69,12 +84,11 @@ class _Many(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1)
-        if any(ctx.needs_input_grad[1:]):
-            dw, db = conv3x3_weight(x, grad, dtype=weight.dtype)
-        return dx, dw, db if ctx.needs_input_grad[2] else None
+        return pulled_back(
+            ctx,
+            lambda: torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1),
+            lambda: conv3x3_weight(x, grad, dtype=weight.dtype),
+        )
 
 
 def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:

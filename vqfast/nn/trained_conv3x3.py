@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast.nn.trained_conv import FEW_POSITIONS, as_autocast, right_dtypes, trained_conv
+from vqfast.nn.trained_conv import (
+    FEW_POSITIONS,
+    as_autocast,
+    pulled_back,
+    right_dtypes,
+    trained_conv,
+)
 from vqfast.ops import conv3x3, conv3x3_weight
 
 # of an image: on fewer the transforms of the weights cost more than they save (2026-11-30)
@@ -57,12 +63,12 @@ class _Winograd(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _conv(grad, _turned(weight), grad.new_zeros(x.shape[1]))
-        if any(ctx.needs_input_grad[1:3]):
-            dw, db = conv3x3_weight(x, grad, dtype=ctx.dtype)
-        return dx, dw, db, grad if ctx.needs_input_grad[3] else None
+        gradients = pulled_back(
+            ctx,
+            lambda: _conv(grad, _turned(weight), grad.new_zeros(x.shape[1])),
+            lambda: conv3x3_weight(x, grad, dtype=ctx.dtype),
+        )
+        return *gradients, grad if ctx.needs_input_grad[3] else None
 
 
 def trained_conv3x3(
