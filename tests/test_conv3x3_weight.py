@@ -129,14 +129,16 @@ def test_float32_keeps_its_budget_in_small_and_large_tiles(name, side, each_isa)
     assert ratio(x, grad, torch.float32) <= 1
 
 
+# of positions: one as there are many outputs, and four
 @BOTH
-def test_results_do_not_depend_on_the_threads(dtype, each_isa):
+@pytest.mark.parametrize(("height", "outs"), [(130, 300), (258, 40)], ids=["one span", "spans"])
+def test_results_do_not_depend_on_the_threads(height, outs, dtype, each_isa):
     g = torch.Generator().manual_seed(3)
-    x = torch.randn(1, 40, 130, 129, generator=g).to(dtype)
-    grad = torch.randn(1, 300, 130, 129, generator=g).to(dtype)
+    x = torch.randn(1, 40, height, 129, generator=g).to(dtype)
+    grad = torch.randn(1, outs, height, 129, generator=g).to(dtype)
     before, runs = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 7):
+        for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             runs.append(conv3x3_weight(x, grad))
     finally:
@@ -144,3 +146,10 @@ def test_results_do_not_depend_on_the_threads(dtype, each_isa):
     for dw, db in runs[1:]:
         assert torch.equal(dw, runs[0][0])
         assert torch.equal(db, runs[0][1])
+
+
+@BOTH
+def test_sums_of_several_spans_keep_the_budget(dtype, each_isa):
+    g = torch.Generator().manual_seed(4)
+    x, grad = (torch.randn(1, 34, 258, 129, generator=g) for _ in range(2))
+    assert ratio(x + 1, grad, dtype) <= 1

@@ -7,22 +7,23 @@
 //
 // Numerics: the transpose of Winograd's F(m x m, 3x3) in the weights: dw = G'[sum (A g A') . (B' d
 //   B)]G over tiles of m x m gradients g and (m + 2)^2 inputs d. Each of its sums runs over blocks
-//   of kWords words of tiles, and these are added in float32 one after the other: an order that
-//   depends on the shape alone, not on the threads. Bfloat16: transforms are computed in float32
-//   and rounded to int16, two tiles to a word, about a scale for each block, frequency and channel
-//   or output; sums are exact (fixed_point.h). Tiles are balanced first, as large inputs with small
-//   gradients would push the others out. m = 4 from 256 positions on, else 2. Before the result is
-//   rounded the error is 0.23 times that of oneDNN's gradient (root mean square, random data); that
-//   of m = 2 with bfloat16 factors was 2.4 times. Float32: m = 4 from 16384 positions on, else 2;
-//   a block is a sum of chains of kPart multiply-adds. The error of m = 4 is 0.9 to 1.5 times that
-//   of oneDNN's there, 2 to 4 times on 1024 positions; chains of 32 had 1.2 times as much. db sums
-//   what is not rounded. A NaN or infinity spoils its channel or output.
+//   of kWords words of tiles, and these are added in float32 one after the other, those of a span
+//   first: an order that depends on the shape alone, not on the threads. Bfloat16: transforms are
+//   computed in float32 and rounded to int16, two tiles to a word, about a scale for each block,
+//   frequency and channel or output; sums are exact (fixed_point.h). Tiles are balanced first, as
+//   large inputs with small gradients would push the others out. m = 4 from 256 positions on, else
+//   2. Before the result is rounded the error is 0.23 times that of oneDNN's gradient (root mean
+//   square, random data); that of m = 2 with bfloat16 factors was 2.4 times. Float32: m = 4 from
+//   16384 positions on, else 2; a block is a sum of chains of kPart multiply-adds. The error of m =
+//   4 is 0.9 to 1.5 times that of oneDNN's there, 2 to 4 times on 1024 positions; chains of 32 had
+//   1.2 times as much. db sums what is not rounded. A NaN or infinity spoils its channel or output.
 //
 // Shape of the code: 16 C O / 4 or 36 C O / 16 multiply-adds per position, not 9 C O: 2.25 or 4
 //   times fewer. A unit of work is a block of outputs and a panel of 2 kLanes channels, with all
-//   its sums; a thread takes consecutive units and goes over all positions, so that transformed
-//   gradients serve all its panels of that block. Int16 needs two passes: the norms of a vector of
-//   channels are known after all tiles of a block. A register tile is kRows outputs x 2 vectors.
+//   its sums, over a span of the positions; a thread takes consecutive units, so that transformed
+//   gradients serve all its panels of that block. Few channels and many positions: up to four
+//   spans, whose sums are added at the end; else one. Int16 needs two passes: the norms of a vector
+//   of channels are known after all tiles of a block. A register tile is kRows outputs x 2 vectors.
 //
 // Ladder (1 thread of Zen 4, loaded, 2026-11-30), 128 channels at 256px. Bfloat16: oneDNN's 141 ms;
 //   F(2x2, 3x3) in bfloat16 48; F(4x4, 3x3) in int16 39; without the largest value of each lane 35;
@@ -32,7 +33,8 @@
 //   caches; one of 16px 2.8, where conv_few_weight takes 6.7; 4 of 4px 1.7, m = 2 1.3 (2.0). No
 //   gain: asking for the next tiles (1 to 2 %), blocks of 64 words of int16 (equal) or 128 (5 to
 //   10 % slower), all frequencies of a few outputs at a time (30 % slower at 256 channels),
-//   prefetching sums (2 %, with F(2x2, 3x3)).
+//   prefetching sums (2 %, with F(2x2, 3x3)). 2 threads, before spans and with them: bfloat16 21.8
+//   -> 17.1 ms, float32 32.8 -> 29.5; 256 channels at 128px in four spans took 2.3 times as long.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -70,6 +72,10 @@ namespace {
 
 constexpr int kPanel = 2 * kLanes;                  // channels of a unit
 constexpr int64_t kMostOutputs = 256, kLeast = 32;  // of a unit; multiples of kLanes
+// With few channels a thread would transform the gradients for few of them: positions are cut into
+// spans of at least kSpanBlocks blocks instead, which have sums of their own. With more channels or
+// outputs these would leave the caches.
+constexpr int64_t kFewChannels = 128, kMostSpans = 4, kSpanBlocks = 8;
 
 // T: of x and g; To: of dw and db; kOut: rows and columns of a tile
 template <class T, class To, int kOut>
@@ -91,7 +97,9 @@ struct Gradient {
   int64_t B, H, W, C, O, across, tiles, outputs;  // tiles: of one image; outputs: of a unit
   const T *x, *g;
   To *dw, *db;
+  int64_t blocks, spans;                       // of tiles; of blocks
   Scratch<float> input_scale, gradient_scale;  // [B tiles], to whole blocks
+  Scratch<float> span_sums, span_bias;         // [spans, units, kF size()] and [spans, O]
 
   explicit Gradient(const Args& a)
       : B(a.t[0].shape[0]),
@@ -101,19 +109,23 @@ struct Gradient {
         O(a.t[1].shape[3]),
         across((W + kOut - 1) / kOut),
         tiles((H + kOut - 1) / kOut * across),
-        outputs(kMostOutputs),
+        outputs(std::min(kMostOutputs, whole_vectors(O))),
         x(a.t[0].as<T>()),
         g(a.t[1].as<T>()),
         dw(a.t[2].as<To>()),
-        db(a.t[3].as<To>()) {
-    outputs = whole_vectors(std::min(outputs, O));
-    while (outputs > kLeast && units() < a.threads) outputs = whole_vectors(outputs / 2);
+        db(a.t[3].as<To>()),
+        blocks(std::max<int64_t>(1, (B * tiles + kTiles - 1) / kTiles)),
+        spans(C > kFewChannels || O > kMostOutputs
+                  ? 1
+                  : std::clamp<int64_t>(blocks / kSpanBlocks, 1, kMostSpans)) {
+    while (outputs > kLeast && spans * units() < a.threads) outputs = whole_vectors(outputs / 2);
   }
 
   static int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
   int64_t panels() const { return (C + kPanel - 1) / kPanel; }
   int64_t units() const { return (O + outputs - 1) / outputs * panels(); }
   int64_t block_size() const { return outputs * kWords + kLanes; }  // of one frequency
+  int64_t size() const { return outputs * kPanel + kLanes; }        // likewise of sums of a unit
 
   Scratch<T> no_pixel() const {
     auto zeros = scratch<T>(std::max(C, O));
@@ -163,8 +175,9 @@ struct Gradient {
     }
   }
 
-  // One thread balances a block as it comes to it instead, and finds it in cache then.
-  void balance_all(int threads, int64_t blocks) const {
+  // A thread that has a span to itself balances a block as it comes to it instead, and finds it in
+  // cache then.
+  void balance_all(int threads) const {
     parallel_for(threads, blocks, 1, [&](int64_t from, int64_t to) {
       const auto zeros = no_pixel();
       const auto at = scratch<Places>(1);
@@ -392,11 +405,12 @@ struct Gradient {
     }
   }
 
-  // panels [from, to) of the block of outputs from `first` on, over all positions; fresh: tiles are
-  // not balanced yet
-  void run_block(int64_t first, int64_t from, int64_t to, bool fresh) const {
-    const int64_t size = outputs * kPanel + kLanes, all = B * tiles;
+  // Panels [from, to) of the outputs from `first` on, over the positions of a span; fresh: its
+  // tiles are not balanced yet. The sums of one of several spans -> span_sums, span_bias.
+  void run_outputs(int64_t span, int64_t first, int64_t from, int64_t to, bool fresh) const {
     const int64_t here = std::min(outputs, O - first), vectors = (here + kLanes - 1) / kLanes;
+    const int64_t start = blocks * span / spans * kTiles;
+    const int64_t stop = std::min(B * tiles, blocks * (span + 1) / spans * kTiles);
     const auto u = scratch<int32_t>(kF * block_size());
     const auto v = scratch<int32_t>(kF * kPanelSize);
     const auto stage = scratch<float>(kFixed ? kF * kStage : 0);
@@ -404,10 +418,10 @@ struct Gradient {
     const auto zeros = no_pixel();
     const auto at = scratch<Places>(1);
     std::vector<float> bias(static_cast<size_t>(outputs));
-    const bool once = all <= kTiles;
-    const auto sums = scratch<float>((once ? 1 : to - from) * kF * size);
-    for (int64_t begin = 0; begin < all || begin == 0; begin += kTiles) {
-      const int64_t end = std::min(all, begin + kTiles);
+    const bool once = stop - start <= kTiles;  // the sums of a panel are used up at once
+    const auto own = scratch<float>(spans > 1 ? 0 : (once ? 1 : to - from) * kF * size());
+    for (int64_t begin = start; begin < stop || begin == start; begin += kTiles) {
+      const int64_t end = std::min(stop, begin + kTiles);
       const int64_t words = (end - begin + kPer - 1) / kPer;
       find(begin, zeros.get(), *at.get());
       if constexpr (kFixed)
@@ -424,36 +438,73 @@ struct Gradient {
           const Column of{v.get() + half, kPanelSize, kPanel, v_inverse.get() + half, kPanel};
           fill_inputs(of, words, stage.get(), *at.get(), p * kPanel + half);
         }
-        float* m = sums.get() + (once ? 0 : p - from) * kF * size;
+        float* m =
+            spans > 1 ? sums_of(span, first, p) : own.get() + (once ? 0 : p - from) * kF * size();
         for (int64_t f = 0; f < kF; ++f)
           for (int64_t o = 0; o < here; o += kRows)
             multiply(u.get() + f * block_size() + o / kLanes * kWords * kLanes + o % kLanes,
                      u_inverse.get() + f * outputs + o, v.get() + f * kPanelSize,
-                     v_inverse.get() + f * kPanel, words, begin > 0, m + f * size + o * kPanel);
-        if (end == all)
-          for (int64_t o = 0; o < here; ++o) transform_sums(m + o * kPanel, size, first + o, p);
+                     v_inverse.get() + f * kPanel, words, begin > start,
+                     m + f * size() + o * kPanel);
+        if (end == stop && spans == 1)
+          for (int64_t o = 0; o < here; ++o) transform_sums(m + o * kPanel, size(), first + o, p);
       }
     }
-    if (from == 0)
-      for (int64_t o = 0; o < here; ++o) db[first + o] = from_float<To>(bias[o]);
+    if (from > 0) return;
+    for (int64_t o = 0; o < here; ++o)
+      if (spans > 1)
+        span_bias[span * O + first + o] = bias[o];
+      else
+        db[first + o] = from_float<To>(bias[o]);
+  }
+
+  float* sums_of(int64_t span, int64_t first, int64_t panel) const {
+    const int64_t unit = first / outputs * panels() + panel;
+    return span_sums.get() + (span * units() + unit) * kF * size();
+  }
+
+  // the sums of all spans, in their order -> dw and db
+  void add_spans(int threads) const {
+    parallel_for(threads, O, 1, [&](int64_t from, int64_t to) {
+      const auto m = scratch<float>(kF * kPanel);
+      for (int64_t o = from; o < to; ++o) {
+        const int64_t first = o / outputs * outputs;
+        for (int64_t p = 0; p < panels(); ++p) {
+          for (int64_t span = 0; span < spans; ++span) {
+            const float* each = sums_of(span, first, p) + (o - first) * kPanel;
+            for (int f = 0; f < kF; ++f, each += size())
+              for (int half = 0; half < kPanel; half += kLanes) {
+                float* to = m.get() + f * kPanel + half;
+                store(to, span > 0 ? load(to) + load(each + half) : load(each + half));
+              }
+          }
+          transform_sums(m.get(), kPanel, o, p);
+        }
+        float sum = 0;
+        for (int64_t span = 0; span < spans; ++span) sum += span_bias[span * O + o];
+        db[o] = from_float<To>(sum);
+      }
+    });
   }
 
   void run(int threads) {
-    const int64_t blocks = std::max<int64_t>(1, (B * tiles + kTiles - 1) / kTiles);
+    const int64_t many = panels(), of_span = units();
+    const bool apart = spans % threads == 0;  // each span has one thread
     input_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
     gradient_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
     if constexpr (kFixed)
-      if (threads > 1) balance_all(threads, blocks);
-    const int64_t many = panels();
-    parallel_for(threads, units(), 1, [&](int64_t from, int64_t to) {
-      bool fresh = threads == 1;
+      if (!apart) balance_all(threads);
+    span_sums = scratch<float>(spans > 1 ? spans * of_span * kF * size() : 0);
+    span_bias = scratch<float>(spans > 1 ? spans * O : 0);
+    parallel_for(threads, spans * of_span, apart ? of_span : 1, [&](int64_t from, int64_t to) {
       while (from < to) {
-        const int64_t block = from / many, end = std::min(to, (block + 1) * many);
-        run_block(block * outputs, from - block * many, end - block * many, fresh);
-        from = end;
-        fresh = false;
+        const int64_t block = from / many % (of_span / many), span = from / of_span;
+        const int64_t panel = from % many, some = std::min(to - from, many - panel);
+        run_outputs(span, block * outputs, panel, panel + some, apart && block == 0);
+        from += some;
       }
     });
+    if (spans > 1) add_spans(threads);
   }
 };
 
