@@ -1,0 +1,32 @@
+# Written by `python -m vqfast.testing.stubs`.
+from vqfast import data as data
+from vqfast import losses as losses
+from vqfast import metrics as metrics
+from vqfast import models as models
+from vqfast import nn as nn
+from vqfast import ops as ops
+from vqfast import testing as testing
+from vqfast import train as train
+from vqfast._dispatch import backend as backend
+from vqfast._dispatch import explain as explain
+from vqfast._info import info as info
+from vqfast.accelerate import accelerate as accelerate
+from vqfast.engine import Engine as Engine
+from vqfast.errors import BackendError as BackendError
+from vqfast.errors import CheckpointError as CheckpointError
+from vqfast.errors import DataError as DataError
+from vqfast.errors import NonFiniteError as NonFiniteError
+from vqfast.models.gpt import GPT as GPT
+from vqfast.models.gpt import GPTConfig as GPTConfig
+from vqfast.models.vqgan import VQGAN as VQGAN
+from vqfast.models.vqgan import VQGANConfig as VQGANConfig
+from vqfast.ops.causal_attention import causal_attention as causal_attention
+from vqfast.ops.code_stats import code_stats as code_stats
+from vqfast.ops.group_norm_silu import group_norm_silu as group_norm_silu
+from vqfast.ops.nearest import nearest as nearest
+from vqfast.ops.quantize import Quantized as Quantized
+from vqfast.ops.quantize import quantize as quantize
+from vqfast.ops.sample_logits import sample_logits as sample_logits
+from vqfast.pipeline import Pipeline as Pipeline
+
+__version__: str

@@ -1,0 +1,10 @@
+# Written by `python -m vqfast.testing.stubs`.
+from vqfast.nn.attention import SpatialAttention as SpatialAttention
+from vqfast.nn.blocks import Conv3x3 as Conv3x3
+from vqfast.nn.blocks import Downsample as Downsample
+from vqfast.nn.blocks import GroupNormSiLU as GroupNormSiLU
+from vqfast.nn.blocks import ResBlock as ResBlock
+from vqfast.nn.blocks import Upsample as Upsample
+from vqfast.nn.quantizers.ema import EMAVectorQuantizer as EMAVectorQuantizer
+from vqfast.nn.quantizers.gumbel import GumbelQuantizer as GumbelQuantizer
+from vqfast.nn.quantizers.vector import VectorQuantizer as VectorQuantizer
