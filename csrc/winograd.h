@@ -124,4 +124,27 @@ struct Winograd<4, false> {
   }
 };
 
+// One of the transforms above in two dimensions: take(i, j, v) for the kTo x kTo results of the
+// kFrom x kFrom values load(i, j), asked for column by column.
+template <auto line, int kFrom, int kTo, class Load, class Take>
+VQFAST_INLINE void along_both(Load&& load, Take&& take) {
+  VF t[kFrom][kTo];  // [column][row]
+#pragma GCC unroll 6
+  for (int j = 0; j < kFrom; ++j) {
+    VF column[kFrom];
+#pragma GCC unroll 6
+    for (int i = 0; i < kFrom; ++i) column[i] = load(i, j);
+    line(column, t[j]);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTo; ++i) {
+    VF row[kFrom], out[kTo];
+#pragma GCC unroll 6
+    for (int j = 0; j < kFrom; ++j) row[j] = t[j][i];
+    line(row, out);
+#pragma GCC unroll 6
+    for (int j = 0; j < kTo; ++j) take(i, j, out[j]);
+  }
+}
+
 }  // namespace vqfast::VQFAST_ISA

@@ -54,22 +54,10 @@ struct WinogradTiles {
   // take(f, u) for G g G' of n channels of one output
   template <class Take>
   VQFAST_INLINE void each_weight(const T* from, int n, Take&& take) const {
-    VF rows[3][kTaps];
-#pragma GCC unroll 3
-    for (int q = 0; q < 3; ++q) {
-      VF g[3];
-#pragma GCC unroll 3
-      for (int p = 0; p < 3; ++p) g[p] = n ? load_n(from + (p * 3 + q) * C, n) : VF{};
-      Line::weights(g, rows[q]);
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kTaps; ++i) {
-      const VF g[3] = {rows[0][i], rows[1][i], rows[2][i]};
-      VF u[kTaps];
-      Line::weights(g, u);
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, u[j]);
-    }
+    along_both<Line::weights, 3, kTaps>(
+        [&](int p, int q)
+            __attribute__((always_inline)) { return n ? load_n(from + (p * 3 + q) * C, n) : VF{}; },
+        [&](int i, int j, VF u) __attribute__((always_inline)) { take(i * kTaps + j, u); });
   }
 
   // G g G' of n channels of one output -> to[f * kTile words]
@@ -112,28 +100,14 @@ struct WinogradTiles {
   // take(f, v) for B' d B of channels [c, c + n)
   template <class Take>
   VQFAST_INLINE void each_input(const Window& from, int64_t c, int n, Take&& take) const {
-    VF t[kTaps][kTaps];  // [column][row]
     VF factor{};
     if constexpr (kFixed) factor = load(balance.channel.get() + c);
-#pragma GCC unroll 6
-    for (int j = 0; j < kTaps; ++j) {
-      VF d[kTaps];
-#pragma GCC unroll 6
-      for (int i = 0; i < kTaps; ++i) {
-        d[i] = load_n(from[i][j] + c, n);
-        if constexpr (kFixed) d[i] *= factor;
-      }
-      Line::inputs(d, t[j]);
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kTaps; ++i) {
-      VF d[kTaps], to[kTaps];
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
-      Line::inputs(d, to);
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, to[j]);
-    }
+    along_both<Line::inputs, kTaps, kTaps>(
+        [&](int i, int j) __attribute__((always_inline)) {
+          const VF d = load_n(from[i][j] + c, n);
+          return kFixed ? d * factor : d;
+        },
+        [&](int i, int j, VF v) __attribute__((always_inline)) { take(i * kTaps + j, v); });
   }
 
   // take(channel, width) for channels [from, to) a vector at a time
@@ -215,34 +189,20 @@ struct WinogradTiles {
   VQFAST_INLINE void write_tile(const float* m, int64_t o, T* corner, const T* added, int rows,
                                 int columns, ChannelMoments* moments) const {
     const int n = static_cast<int>(std::min<int64_t>(kLanes, O - o));
-    VF t[kTaps][kOut];
-#pragma GCC unroll 6
-    for (int j = 0; j < kTaps; ++j) {
-      VF d[kTaps];
-#pragma GCC unroll 6
-      for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * kProducts);
-      Line::outputs(d, t[j]);
-    }
     const VF b = load_n(bias + o, n);
     VF scale{}, written[kOut * kOut];
     if constexpr (kFixed) scale = 1.0f / load_n(balance.output.get() + o, n, 1.0f);
-#pragma GCC unroll 4
-    for (int i = 0; i < kOut; ++i) {
-      if (!kWhole && i >= rows) break;
-      VF d[kTaps], out[kOut];
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
-      Line::outputs(d, out);
-#pragma GCC unroll 4
-      for (int j = 0; j < kOut; ++j) {
-        if (!kWhole && j >= columns) break;
-        const int64_t at = (i * W * kScale + j) * O + o;
-        VF v = kFixed ? fma(out[j], scale, b) : out[j] + b;
-        if (added) v += load_n(added + at, n);
-        store_rounded<kNative>(corner + at, v, n);
-        if constexpr (kStats) written[i * (kWhole ? kOut : columns) + j] = rounded<kNative, T>(v);
-      }
-    }
+    along_both<Line::outputs, kTaps, kOut>(
+        [&](int i, int j)
+            __attribute__((always_inline)) { return load(m + (i * kTaps + j) * kProducts); },
+        [&](int i, int j, VF out) __attribute__((always_inline)) {
+          if (!kWhole && (i >= rows || j >= columns)) return;
+          const int64_t at = (i * W * kScale + j) * O + o;
+          VF v = kFixed ? fma(out, scale, b) : out + b;
+          if (added) v += load_n(added + at, n);
+          store_rounded<kNative>(corner + at, v, n);
+          if constexpr (kStats) written[i * (kWhole ? kOut : columns) + j] = rounded<kNative, T>(v);
+        });
     if constexpr (kStats) moments->merge(o % kWide, written, kWhole ? kOut * kOut : rows * columns);
   }
 

@@ -192,54 +192,28 @@ struct Gradient {
   template <class Take>
   VQFAST_INLINE void transform_input(const Places& at, int64_t tile, int64_t c, int n,
                                      Take&& take) const {
-    VF t[kTaps][kTaps];  // [column][row]
-#pragma GCC unroll 6
-    for (int j = 0; j < kTaps; ++j) {
-      VF d[kTaps];
-#pragma GCC unroll 6
-      for (int i = 0; i < kTaps; ++i) {
-        d[i] = load_n(at.input[tile][i * kTaps + j] + c, n);
-        if constexpr (kFixed) d[i] *= at.input_scale[tile];
-      }
-      Line::inputs(d, t[j]);
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kTaps; ++i) {
-      VF d[kTaps], out[kTaps];
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) d[j] = t[j][i];
-      Line::inputs(d, out);
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, out[j]);
-    }
+    along_both<Line::inputs, kTaps, kTaps>(
+        [&](int i, int j) __attribute__((always_inline)) {
+          const VF d = load_n(at.input[tile][i * kTaps + j] + c, n);
+          return kFixed ? d * at.input_scale[tile] : d;
+        },
+        [&](int i, int j, VF v) __attribute__((always_inline)) { take(i * kTaps + j, v); });
   }
 
   // take(f, A g A') of outputs [o, o + n) of a tile; returns the sum of its gradients
   template <class Take>
   VQFAST_INLINE VF transform_gradient(const Places& at, int64_t tile, int64_t o, int n,
                                       Take&& take) const {
-    VF t[kOut][kTaps], total{};  // [column][row]
-#pragma GCC unroll 4
-    for (int j = 0; j < kOut; ++j) {
-      VF d[kOut], sum{};
-#pragma GCC unroll 4
-      for (int i = 0; i < kOut; ++i) {
-        d[i] = load_n(at.gradient[tile][i * kOut + j] + o, n);
-        sum += d[i];
-        if constexpr (kFixed) d[i] *= at.gradient_scale[tile];
-      }
-      total += sum;
-      Line::output_gradients(d, t[j]);
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kTaps; ++i) {
-      VF d[kOut], out[kTaps];
-#pragma GCC unroll 4
-      for (int j = 0; j < kOut; ++j) d[j] = t[j][i];
-      Line::output_gradients(d, out);
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) take(i * kTaps + j, out[j]);
-    }
+    VF sums[kOut] = {};  // of columns
+    along_both<Line::output_gradients, kOut, kTaps>(
+        [&](int i, int j) __attribute__((always_inline)) {
+          const VF d = load_n(at.gradient[tile][i * kOut + j] + o, n);
+          sums[j] += d;
+          return kFixed ? d * at.gradient_scale[tile] : d;
+        },
+        [&](int i, int j, VF v) __attribute__((always_inline)) { take(i * kTaps + j, v); });
+    VF total{};
+    for (int j = 0; j < kOut; ++j) total += sums[j];
     return total;
   }
 
@@ -385,23 +359,11 @@ struct Gradient {
       const int64_t c = panel * kPanel + half;
       if (c >= C) return;
       const int n = static_cast<int>(std::min<int64_t>(kLanes, C - c));
-      VF t[kTaps][3];
-#pragma GCC unroll 6
-      for (int j = 0; j < kTaps; ++j) {
-        VF d[kTaps];
-#pragma GCC unroll 6
-        for (int i = 0; i < kTaps; ++i) d[i] = load(m + (i * kTaps + j) * stride + half);
-        Line::weight_gradients(d, t[j]);
-      }
-#pragma GCC unroll 3
-      for (int p = 0; p < 3; ++p) {
-        VF d[kTaps], out[3];
-#pragma GCC unroll 6
-        for (int j = 0; j < kTaps; ++j) d[j] = t[j][p];
-        Line::weight_gradients(d, out);
-#pragma GCC unroll 3
-        for (int q = 0; q < 3; ++q) put(dw + ((o * 3 + p) * 3 + q) * C + c, out[q], n);
-      }
+      along_both<Line::weight_gradients, kTaps, 3>(
+          [&](int i, int j)
+              __attribute__((always_inline)) { return load(m + (i * kTaps + j) * stride + half); },
+          [&](int p, int q, VF v)
+              __attribute__((always_inline)) { put(dw + ((o * 3 + p) * 3 + q) * C + c, v, n); });
     }
   }
 
