@@ -82,8 +82,11 @@ def test_tokenizer_condition_is_a_vqgan_by_its_names(tokenizer):
     config = {**CONFIG.to_dict(), "in_channels": 1, "out_ch": 1}
     c = conditioning.build({"kind": "tokenizer", "config": config}, tokenizer).eval()
     assert c.state_dict().keys() == tokenizer.state_dict().keys()
-    with torch.no_grad():
-        codes = c.encode(torch.randn(2, 1, 8, 8))
+    x = torch.randn(2, 1, 8, 8)
+    codes = c.encode(x)
+    assert torch.equal(c.encode(x, max_memory=1 << 20), codes)
+    with pytest.raises(ValueError, match="max_memory"):
+        c.encode(x, max_memory=1)
     assert codes.shape == (2, 16) and codes.dtype == torch.int64
     assert c.length((4, 4)) == 16
 

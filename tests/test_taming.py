@@ -1,8 +1,11 @@
 """taming's checkpoints: where the YAML lies, what it may say, and the way back."""
 
+from types import MappingProxyType
+
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from vqfast import checkpoints
 from vqfast.checkpoints import taming
@@ -77,6 +80,14 @@ def test_a_given_config_wins_and_without_one_the_error_says_where_it_looked(tmp_
     assert checkpoints.read(path, {"model": vq_tree()}).config["n_embed"] == 7
     own = NETWORK | {"n_embed": 7, "embed_dim": 3}
     assert checkpoints.read(path, own).config == own
+
+
+@pytest.mark.parametrize("mapping", [OmegaConf.create, MappingProxyType])
+def test_a_given_config_may_be_any_mapping(tmp_path, mapping):
+    path = put(tmp_path / "m.ckpt", vq_state())
+    whole = {"quantizer": "vq", "n_embed": 7, "embed_dim": 3} | NETWORK
+    for tree in ({"model": vq_tree()}, whole):
+        assert checkpoints.read(path, mapping(tree)).config == whole
 
 
 @pytest.mark.parametrize(

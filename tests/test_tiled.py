@@ -208,6 +208,18 @@ def test_poison_reaches_no_result(poison):
     torch.testing.assert_close(got, tok.decode(codes), rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_convolution_by_torch_goes_piece_by_piece(monkeypatch):
+    """Its result lies outside the pool, and so outside the limit."""
+    tok, sizes = make(out_ch=32), []
+    tok.decoder.conv_out.register_forward_hook(lambda conv, given, y: sizes.append(y.nbytes))
+    monkeypatch.setattr(tiled_steps, "_PIECE", 1 << 16)
+    z = torch.rand(1, 32, 33, 17)
+    tiled.forward(tok.decoder, z, plans(tok.decoder, z).whole() - 1)
+    row = 32 * 4 * 17 * 4
+    assert sizes and max(sizes) <= (1 << 16) + 2 * row
+
+
 CHILD = """
 import json, sys, torch
 sys.path.insert(0, {bench!r})

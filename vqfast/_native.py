@@ -128,15 +128,15 @@ def _signatures() -> dict[str, str]:
 
 def refusal(op: str, inputs: tuple) -> str | None:
     """Why the C++ kernel of `op` cannot run these inputs."""
-    why = missing()
-    if why is not None:
-        return why
+    library = _load()
+    if isinstance(library, str):
+        return library
     signature = _signatures().get(op)
     if signature is None:
         return f"no C++ kernel for {op}"
     tensors, scalars = _split(inputs)
     fixed = signature_refusal(signature, tensors, "cpu")
-    return fixed or load().refuse(op, [_view(t) for t in tensors], scalars) or None
+    return fixed or library.refuse(op, [_view(t) for t in tensors], scalars) or None
 
 
 def _view(t: Tensor | None) -> tuple | None:
@@ -146,7 +146,9 @@ def _view(t: Tensor | None) -> tuple | None:
 @cache
 def launcher(op: str) -> Callable[..., None]:
     """Calls the C++ kernel of `op` with inputs and outputs; the GIL is released inside."""
-    run = load().launch
+    library = _load()
+    assert not isinstance(library, str), library  # `refusal` has said so before
+    run = library.launch
 
     def launch(*arguments: Any) -> None:
         tensors, scalars = _split(arguments)
@@ -195,10 +197,14 @@ def cuda_missing() -> str | None:
 
 @cache
 def _cuda_signature(op: str) -> str | None:
-    try:
-        return ctypes.c_char_p.in_dll(_load_cuda(), f"vqfast_{op}_signature").value.decode()
-    except (ValueError, TypeError):
+    library = _load_cuda()
+    if isinstance(library, str):
         return None
+    try:
+        text = ctypes.c_char_p.in_dll(library, f"vqfast_{op}_signature").value
+    except ValueError:
+        return None
+    return None if text is None else text.decode()
 
 
 def cuda_refusal(op: str, inputs: tuple) -> str | None:

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast._dispatch import backend, forced_backend
-from vqfast.ops import code_stats, nearest
+from vqfast.ops.code_stats import code_stats
+from vqfast.ops.nearest import nearest
 
 _log = logging.getLogger("vqfast")
 # what a fork may raise that is not the class which is known by its name
@@ -223,7 +224,7 @@ class _VectorQuantize(_Exact):
 
     def take(self) -> None:
         if not isinstance(self._codebook, _Codebook):  # it may be shared
-            self._codebook.__class__ = _derived(_Codebook, type(self._codebook))
+            self._codebook.__class__ = _derived(_Codebook, self._codebook.__class__)
 
     def obstacle(self) -> str | None:
         book = self._codebook
@@ -349,7 +350,7 @@ def _reason(module: Any, ours: Any) -> str | None:
 
 
 def _swap(module: Any, ours: Any) -> None:
-    module.__class__ = _derived(ours, type(module))
+    module.__class__ = _derived(ours, module.__class__)
     ours.take(module)
 
 

@@ -294,7 +294,8 @@ def build(schema: type[T], tree: Any, where: str = "") -> T:
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'configuration'} must be a mapping, got {_type_name(tree)}")
-    fields = {f.name: f for f in dataclasses.fields(schema) if f.init}  # type: ignore[arg-type]
+    listed = dataclasses.fields(schema)  # type: ignore[arg-type]  # no bound of T is "dataclass"
+    fields = {f.name: f for f in listed if f.init}
     hints = typing.get_type_hints(schema)
     values = {}
     for name, value in tree.items():

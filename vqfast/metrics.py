@@ -8,12 +8,16 @@ downloaded.
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast import _check
+
+if TYPE_CHECKING:  # most metrics need no network
+    from vqfast.models.lpips import LPIPS
 
 __all__ = [
     "FeatureStatistics",
@@ -238,14 +242,14 @@ def frechet(
     return FrechetResult(title, frechet_distance(a, b), len(a.mean), a.count, b.count)
 
 
-def trunk_features(network: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+def trunk_features(network: "LPIPS") -> Callable[[Tensor], Tensor]:
     """The last tap of the trunk of a `vqfast.losses.LPIPS`, its mean over space: [B, channels].
 
     Call the distance after the trunk, e.g. `frechet(real, fake, trunk_features(net), net.trunk)`.
     """
 
     def features(images: Tensor) -> Tensor:
-        *_, last = network.net(network.scaling_layer(images))  # type: ignore[operator]
+        *_, last = network.net(network.scaling_layer(images))
         return last.mean((2, 3))
 
     return features

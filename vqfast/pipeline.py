@@ -47,7 +47,7 @@ class Pipeline:
         self,
         tokenizer: VQGAN,
         transformer: GPT | PackedGPT,
-        conditioning: nn.Module,
+        conditioning: conditions.Conditioning,
         metadata: Mapping[str, Any] | None = None,
     ):
         for name, part, kind in (
@@ -116,14 +116,14 @@ class Pipeline:
         try:
             # nothing is drawn and no memory is taken until every shape is known to fit
             with torch.device("meta"):
-                config = GPTConfig.from_dict(ckpt.config["transformer"])
-                transformer: GPT | PackedGPT = GPT(config)
+                shape = GPTConfig.from_dict(ckpt.config["transformer"])
+                transformer: GPT | PackedGPT = GPT(shape)
                 conditioning = conditions.build(ckpt.config["conditioning"], tokenizer)
         except (ValueError, TypeError, KeyError) as e:
             raise CheckpointError(f"{path}: {e}") from e
         of = f"{path} (transformer)"
         if "packed" in ckpt.config:
-            transformer = load_packed(config, ckpt.config["packed"], parts["transformer"], what=of)
+            transformer = load_packed(shape, ckpt.config["packed"], parts["transformer"], what=of)
         else:
             checkpoints.load_into(transformer, parts["transformer"], what=of)
         checkpoints.load_into(conditioning, parts["conditioning"], what=f"{path} (conditioning)")

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqfast import _check
 from vqfast.engine import Engine, Step, generate_windows
 from vqfast.engine.guidance import guidance
 from vqfast.engine.step import OnStep, check_on_step
+from vqfast.models.conditioning import Conditioning
 from vqfast.models.vqgan import VQGAN
-from vqfast.ops.sample_logits import check_options
+from vqfast.ops.sample_logits import DrawOptions, check_options
 from vqfast.windows import RULES, Windows
 
 __all__ = ["Request", "check_request", "draw", "model_grid"]
@@ -41,7 +42,7 @@ class Request:
     known: Tensor  # [m, k], the first k codes of an image in raster order
     null: Tensor | None  # [1, Tc], where guidance acts
     guidance: dict[str, Any]  # cfg_scale, cfg_interval
-    options: dict[str, Any]  # of the draw of a token: seed, temperature, top_k, top_p
+    options: DrawOptions  # of the draw of a token
     on_step: OnStep | None
 
     def batches(self) -> Iterator[Tensor]:
@@ -59,7 +60,7 @@ def model_grid(tokenizer: VQGAN) -> tuple[int, int]:
 
 def check_request(
     tokenizer: VQGAN,
-    conditioning: nn.Module,
+    conditioning: Conditioning,
     classes: Any = None,
     n: int | None = None,
     *,
@@ -83,7 +84,7 @@ def check_request(
     _check.choice("precision", precision, _PRECISIONS)
     batch_size = _check.integer("batch_size", batch_size, low=1)
     first = _check.integer("first", first, low=0, high=2**62)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = DrawOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     check_options(**options)
     conditions = _conditions(conditioning, classes, cond)
     if n is None:
@@ -211,7 +212,7 @@ def _grid(
 
 
 def _fitting(
-    conditioning: nn.Module, conditions: Tensor, own: tuple[int, int], windows: Windows | None
+    conditioning: Conditioning, conditions: Tensor, own: tuple[int, int], windows: Windows | None
 ) -> Tensor:
     """[m, Tc] for a condition that is the same in every window, [m, h, w] for one that is a grid of
     which each window sees its part.
@@ -237,7 +238,7 @@ def _fitting(
     return conditions.view(-1, H, W)
 
 
-def _conditions(conditioning: nn.Module, classes: Any, cond: Tensor | None) -> Tensor:
+def _conditions(conditioning: Conditioning, classes: Any, cond: Tensor | None) -> Tensor:
     """[m, Tc] int64 on the CPU; image i takes row i % m."""
     kind = conditioning.kind
     if kind != "class" and classes is not None:
@@ -250,7 +251,7 @@ def _conditions(conditioning: nn.Module, classes: Any, cond: Tensor | None) -> T
         if not len(cond):
             raise ValueError("cond must hold at least one row, got 0")
         return cond.cpu().long()
-    if kind == "class":
+    if conditioning.kind == "class":
         ids = range(conditioning.n_classes) if classes is None else classes
         if isinstance(ids, (int, str)):
             ids = [ids]
@@ -258,7 +259,7 @@ def _conditions(conditioning: nn.Module, classes: Any, cond: Tensor | None) -> T
         if not len(tokens):
             raise ValueError("classes must hold at least one class, got none")
         return tokens
-    if kind == "sos":
+    if conditioning.kind == "sos":
         return conditioning.encode(1)
     raise ValueError(f"cond must be given: this model is conditioned on {kind!r}")
 

@@ -70,7 +70,7 @@ def formats() -> dict[str, ModuleType]:
 
 def read(
     path: str | os.PathLike,
-    config: str | os.PathLike | dict | None = None,
+    config: str | os.PathLike | Mapping[str, Any] | None = None,
     *,
     expect: str | None = None,
     format: str | None = None,

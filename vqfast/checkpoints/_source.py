@@ -3,6 +3,7 @@
 import functools
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class Source:
 
     Attributes:
         path: an existing regular file or folder.
-        config: YAML path, tree, or None.
+        config: YAML path, tree of dicts and lists, or None.
         folder: True for a folder.
         head: the first bytes of a file, b"" for a folder.
 
@@ -26,7 +27,8 @@ class Source:
     """
 
     def __init__(self, path: str | os.PathLike, config: Any = None):
-        self.path, self.config = Path(path), config
+        self.path = Path(path)
+        self.config = _plain(config) if isinstance(config, Mapping) else config
         try:
             mode = os.stat(self.path).st_mode
             self.folder = stat.S_ISDIR(mode)
@@ -92,6 +94,14 @@ class Source:
             return run_config.read(found[-1]), str(found[-1])
         except run_config.ConfigError as error:
             raise CheckpointError(str(error)) from None
+
+
+def _plain(tree: Any) -> Any:
+    """The tree of dicts and lists that a mapping stands for: OmegaConf's containers are neither."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    nested = isinstance(tree, Sequence) and not isinstance(tree, (str, bytes))
+    return [_plain(value) for value in tree] if nested else tree
 
 
 def _escape(text: str) -> str:

@@ -56,8 +56,9 @@ def _plain(value: Any) -> Any:
 
 def _digest(pipe: "vqfast.Pipeline") -> str:
     total = hashlib.sha256()
-    for part in (pipe.tokenizer, pipe.transformer, pipe.conditioning):
-        config = part.to_dict() if part is pipe.conditioning else part.config.to_dict()
+    parts = (pipe.tokenizer, pipe.transformer, pipe.conditioning)
+    said = (pipe.tokenizer.config, pipe.transformer.config, pipe.conditioning)
+    for part, config in zip(parts, (s.to_dict() for s in said), strict=True):
         total.update(json.dumps(config, sort_keys=True).encode())
         for name, x in sorted(part.state_dict().items()):
             total.update(f"{name}\0{x.dtype}\0{tuple(x.shape)}\0".encode())

@@ -1,6 +1,7 @@
 """Pictures that a sample starts from: ones to complete, and ones that condition the model."""
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ import vqfast
 from vqfast.cli._parser import UsageError
 from vqfast.errors import DataError
 from vqfast.images import load_image, load_levels, resize_center_crop, to_tensor
+from vqfast.models.conditioning import FirstStageCondition
+from vqfast.models.vqgan import VQGAN
 
 __all__ = ["condition_tokens", "known_codes"]
 
@@ -58,9 +61,12 @@ def condition_tokens(
         UsageError: the model is not conditioned on a picture. DataError: a bad picture.
     """
     side, stage = pipe.tokenizer.config.resolution, pipe.conditioning
-    if stage.kind not in ("first_stage", "tokenizer"):
+    if stage.kind == "first_stage":
+        config = pipe.tokenizer.config
+    elif stage.kind == "tokenizer":
+        config = stage.config
+    else:
         raise UsageError(f"--cond: this model is conditioned on {stage.kind!r}, not on a picture")
-    config = pipe.tokenizer.config if stage.kind == "first_stage" else stage.config
     # the condition of a sample of another size grows with it
     height, width = (v * config.resolution // side for v in size or (side, side))
     found = []
@@ -70,7 +76,7 @@ def condition_tokens(
     return torch.cat(found).cpu()
 
 
-def _encoded(stage: nn.Module, x: Tensor, flag: str) -> Tensor:
+def _encoded(stage: VQGAN | FirstStageCondition, x: Tensor, flag: str) -> Tensor:
     try:
         return stage.encode(x)
     except ValueError as error:  # sides that are no multiples of the factor
@@ -87,13 +93,13 @@ def _condition(path: str, size: tuple[int, int], channels: int) -> Tensor:
         return to_tensor(load_image(path), size)
     levels = load_levels(path)
     if channels == 1:
-        low, high = levels.getextrema()
+        low, high = cast(tuple[float, float], levels.getextrema())  # of one channel
         cut = resize_center_crop(levels.convert("F"), size, filter="bilinear")
         depth = torch.from_numpy(np.array(cut, dtype=np.float32))
         return ((depth - low) / max(high - low, 1) * 2 - 1).clamp(-1, 1)[None]
     cut = resize_center_crop(levels, size, filter="nearest")
     labels = torch.from_numpy(np.array(cut, dtype=np.int64))
-    low, high = (int(v) for v in labels.aminmax())
-    if low < 0 or high >= channels:
-        raise DataError(f"{path}: labels must be in 0..{channels - 1}, got {low}..{high}")
+    least, most = (int(v) for v in labels.aminmax())
+    if least < 0 or most >= channels:
+        raise DataError(f"{path}: labels must be in 0..{channels - 1}, got {least}..{most}")
     return nn.functional.one_hot(labels, channels).permute(2, 0, 1).float().contiguous()

@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> Report:
         finally:
             progress.close()
         if args.grid is not None:
-            for i in set(range(args.n)) - kept.keys():
-                kept[i] = load_image(folder / f"{i:0{width}d}.png")
+            if folder is not None:
+                for i in set(range(args.n)) - kept.keys():
+                    kept[i] = load_image(folder / f"{i:0{width}d}.png")
             Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
             save_png(grid([kept[i] for i in range(args.n)]), args.grid)
     return _report(args, out, model, device, progress)

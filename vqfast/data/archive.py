@@ -96,9 +96,9 @@ class TarSource:
                 block += data
             members.append((name, start, member.size))
         # tarfile stops at a damaged header as if it were the end, which is a block of zeros
-        tar.fileobj.seek(tar.offset)  # type: ignore[union-attr,attr-defined]
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # type: ignore[union-attr]
-            raise ValueError(f"damaged header at byte {tar.offset}")  # type: ignore[attr-defined]
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise ValueError(f"damaged header at byte {tar.offset}")
         if in_memory:
             self._memory = bytes(block)
         return members

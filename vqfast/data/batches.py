@@ -83,7 +83,7 @@ class Batches:
         stream = _Stream(dataset, seed, shuffle, self._max_bad)
         loader = DataLoader(
             stream,
-            batch_sampler=_Ordinals(batch_size, rank, world, start_step),  # type: ignore[arg-type]
+            batch_sampler=_Ordinals(batch_size, rank, world, start_step),
             num_workers=num_workers,
             collate_fn=_collate,
             worker_init_fn=_leave_signals_to_parent,

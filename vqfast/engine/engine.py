@@ -6,7 +6,7 @@ function of (seed, sample index, condition) alone, bit for bit on one backend an
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from vqfast.engine.guidance import Guidance, guidance
 from vqfast.engine.packing import BITS, PackedGPT, choose_precision
 from vqfast.engine.step import OnStep, Step, check_on_step
 from vqfast.models.gpt import GPT
-from vqfast.ops import decode_step, sample_logits
-from vqfast.ops.decode_step import empty_cache
-from vqfast.ops.sample_logits import check_options
+from vqfast.ops.decode_step import decode_step, empty_cache
+from vqfast.ops.sample_logits import DrawOptions, check_options, sample_logits
 
 _ROWS_PER_CALL = 64  # of a prefill: bounds its scratch memory
 
@@ -158,10 +157,13 @@ class Engine:
             )
         guide = guidance(cfg_scale, cfg_interval)
         index = self._indices(sample_index, b)
-        if guide.need(uncond):
+        uncond = guide.needed(uncond)
+        if uncond is None:
+            uncond = cond[:, :0]
+        else:
             self._check_tokens("uncond", uncond, 2)
             _check.shape("uncond", uncond, cond.shape, "like cond")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        options = DrawOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         check_options(**options)
         check_on_step(on_step)
         out = torch.full((b, n), -1, dtype=torch.int64, device=self.device)
@@ -177,14 +179,16 @@ class Engine:
         self,
         out: Tensor,
         cond: Tensor,
-        uncond: Tensor | None,
+        uncond: Tensor,
         guide: Guidance,
         index: Tensor,
         position: int,
         on_step: OnStep | None,
-        options: dict[str, Any],
+        options: DrawOptions,
     ) -> None:
-        """Token after token into `out` [b, n]; checked arguments of `generate`."""
+        """Token after token into `out` [b, n]; checked arguments of `generate`; uncond is
+        [b, 0] where guidance is off.
+        """
         b, n = out.shape
         guided = [guide.acts_at(position + t) for t in range(n)]
         self._start(b + b * any(guided))

@@ -23,7 +23,7 @@ from vqfast.engine.guidance import Guidance
 from vqfast.engine.packing import BITS
 from vqfast.engine.step import OnStep, Step
 from vqfast.ops.decode_step import decode_step
-from vqfast.ops.sample_logits import check_drawn, check_options, draw
+from vqfast.ops.sample_logits import DrawOptions, check_drawn, check_options, draw
 
 _KEPT = 4  # captured sets of options of an engine: the oldest goes first
 _FEW = 8  # steps that are not worth a capture
@@ -142,14 +142,15 @@ def loop(
     engine: Any,
     out: Tensor,
     cond: Tensor,
-    uncond: Tensor | None,
+    uncond: Tensor,
     guide: Guidance,
     index: Tensor,
     position: int,
     on_step: OnStep | None,
-    options: dict[str, Any],
+    options: DrawOptions,
 ) -> None:
-    """Token after token into `out` [b, n]; checked arguments of `Engine.generate`.
+    """Token after token into `out` [b, n]; checked arguments of `Engine.generate`; uncond is
+    [b, 0] where guidance is off.
 
     Raises:
         NonFiniteError: some logits were not finite; names the first such position.

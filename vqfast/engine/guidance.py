@@ -20,11 +20,13 @@ class Guidance(NamedTuple):
     def acts_at(self, position: int) -> bool:
         return self.begin <= position < self.end
 
-    def need(self, uncond: Tensor | None) -> bool:
-        """Whether an unconditional sequence is needed; ValueError if it is and there is none."""
-        if self.scale != 1 and uncond is None:
+    def needed(self, uncond: Tensor | None) -> Tensor | None:
+        """`uncond`, or None where a scale of 1 needs none; ValueError if it is missing."""
+        if self.scale == 1:
+            return None
+        if uncond is None:
             raise ValueError(f"cfg_scale = {self.scale:g} needs a null condition, there is none")
-        return self.scale != 1
+        return uncond
 
     def mix(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """u + s·(c - u) of two [b, V]."""

@@ -256,5 +256,5 @@ def load_packed(
     model = empty_packed(config, said, what=what)
     found, _ = fit(model, tensors, what=str(what))
     weights = empty_bytes(found["weights"].numel(), torch.device("cpu")).copy_(found["weights"])
-    small = (found[name].float() for name in ("tok_emb", "pos_emb", "vectors"))
-    return PackedGPT(config, model.precision, Packed(*small, weights))
+    tok_emb, pos_emb, vectors = (found[name].float() for name in ("tok_emb", "pos_emb", "vectors"))
+    return PackedGPT(config, model.precision, Packed(tok_emb, pos_emb, vectors, weights))

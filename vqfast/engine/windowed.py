@@ -22,8 +22,7 @@ from vqfast import _check
 from vqfast.engine.engine import Engine
 from vqfast.engine.guidance import Guidance, guidance
 from vqfast.engine.step import OnStep, Step, check_on_step
-from vqfast.ops import sample_logits
-from vqfast.ops.sample_logits import check_options
+from vqfast.ops.sample_logits import DrawOptions, check_options, sample_logits
 from vqfast.windows import Cell, Windows
 
 __all__ = ["ORDERS", "generate_windows"]
@@ -91,7 +90,7 @@ def generate_windows(
     known = prefix.shape[1]
     if len(prefix) != b or known > H * W:
         raise ValueError(f"prefix must be [{b}, <= {H * W}], got {list(prefix.shape)}")
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = DrawOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     check_options(**options)
     check_on_step(on_step)
 
@@ -202,7 +201,8 @@ def _conditions(
 ) -> list[Tensor]:
     """What the codes are predicted under: cond and, if it is guided, uncond."""
     _check_condition(engine, "cond", cond, windows)
-    if not guide.need(uncond):
+    uncond = guide.needed(uncond)
+    if uncond is None:
         return [cond]
     _check_condition(engine, "uncond", uncond, windows)
     _check.shape("uncond", uncond, cond.shape, "like cond")

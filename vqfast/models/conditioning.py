@@ -11,7 +11,7 @@ Condition and image tokens share one vocabulary: class k is token k. Every condi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class ClassCondition(nn.Module):
             dropout.
     """
 
-    kind = "class"
+    kind: Literal["class"] = "class"
 
     def __init__(
         self,
@@ -65,10 +65,11 @@ class ClassCondition(nn.Module):
     def class_id(self, value: int | str) -> int:
         """The id of a class given by id or by name. ValueError for one that is unknown."""
         if isinstance(value, str):
-            if value in (self.class_names or ()):
-                return self.class_names.index(value)
+            names = self.class_names or []
+            if value in names:
+                return names.index(value)
             if not value.lstrip("-").isdigit():
-                known = ", ".join(self.class_names) if self.class_names else "none has a name"
+                known = ", ".join(names) or "none has a name"
                 raise ValueError(f"unknown class {value!r}; the classes are: {known}")
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
@@ -104,7 +105,7 @@ class ClassCondition(nn.Module):
 class StartCondition(nn.Module):
     """No condition: one start token in front of the image codes."""
 
-    kind = "sos"
+    kind: Literal["sos"] = "sos"
 
     def __init__(self, sos_token: int = 0):
         super().__init__()
@@ -134,7 +135,7 @@ class CoordinateCondition(nn.Module):
     becomes n_embed - 1.
     """
 
-    kind = "coord"
+    kind: Literal["coord"] = "coord"
 
     def __init__(self, n_embed: int, down_factor: int = 16):
         super().__init__()
@@ -168,7 +169,7 @@ class FirstStageCondition(nn.Module):
     own.
     """
 
-    kind = "first_stage"
+    kind: Literal["first_stage"] = "first_stage"
 
     def __init__(self, tokenizer: VQGAN):
         super().__init__()
@@ -194,7 +195,7 @@ class TokenizerCondition(VQGAN):
     A VQGAN by its parameter names, so that taming's `cond_stage_model.*` fits without renaming.
     """
 
-    kind = "tokenizer"
+    kind: Literal["tokenizer"] = "tokenizer"
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
@@ -207,9 +208,9 @@ class TokenizerCondition(VQGAN):
         """
         return (self.config.resolution // self.down_factor) ** 2
 
-    def encode(self, c: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, h·w]."""
-        return super().encode(c).flatten(1)
+    def encode(self, c: Tensor, *, max_memory: int | None = None) -> Tensor:
+        """[B, in_channels, H, W] -> [B, h·w]; max_memory as `VQGAN.encode`."""
+        return super().encode(c, max_memory=max_memory).flatten(1)
 
     def null(self, n: int) -> Tensor | None:
         return None
@@ -218,7 +219,12 @@ class TokenizerCondition(VQGAN):
         return {"kind": self.kind, "config": self.config.to_dict()}
 
 
-def build(config: dict[str, Any], tokenizer: VQGAN) -> nn.Module:
+Conditioning = (
+    ClassCondition | StartCondition | CoordinateCondition | FirstStageCondition | TokenizerCondition
+)
+
+
+def build(config: dict[str, Any], tokenizer: VQGAN) -> Conditioning:
     """The conditioning that a configuration describes; the inverse of its `to_dict`.
 
     Args:
@@ -233,22 +239,23 @@ def build(config: dict[str, Any], tokenizer: VQGAN) -> nn.Module:
     """
     values = dict(config)
     kind = values.pop("kind", None)
-    kinds = {
-        "class": (ClassCondition, {"n_classes", "class_names", "null_class"}),
-        "sos": (StartCondition, {"sos_token"}),
-        "coord": (CoordinateCondition, {"n_embed", "down_factor"}),
-        "first_stage": (None, set()),
-        "tokenizer": (None, {"config"}),
+    keys: dict[str, set[str]] = {
+        "class": {"n_classes", "class_names", "null_class"},
+        "sos": {"sos_token"},
+        "coord": {"n_embed", "down_factor"},
+        "first_stage": set(),
+        "tokenizer": {"config"},
     }
-    _check.choice("conditioning kind", kind, kinds)
-    cls, known = kinds[kind]
-    if unknown := sorted(set(values) - known):
+    _check.choice("conditioning kind", kind, keys)
+    if unknown := sorted(set(values) - keys[kind]):
         raise ValueError(f"unknown key of the {kind} conditioning: {', '.join(unknown)}")
     if kind == "first_stage":
         return FirstStageCondition(tokenizer)
     try:
         if kind == "tokenizer":
             return TokenizerCondition(VQGANConfig.from_dict(values["config"]))
-        return cls(**values)
+        if kind == "class":
+            return ClassCondition(**values)
+        return StartCondition(**values) if kind == "sos" else CoordinateCondition(**values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{kind} conditioning: {error}") from error

@@ -9,7 +9,6 @@ taming/modules/discriminator/model.py, taming/modules/util.py (ActNorm).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ class ActNorm(nn.Module):
 
     State: loc and scale [1, C, 1, 1], and the uint8 buffer `initialized`, taming's.
     """
+
+    initialized: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,9 +54,9 @@ class ActNorm(nn.Module):
             self._known_initialized = True
         return self.scale * (x + self.loc)
 
-    def _load_from_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
         self._known_initialized = False
-        super()._load_from_state_dict(state, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
 
 
 class NLayerDiscriminator(nn.Module):

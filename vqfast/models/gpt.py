@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vqfast import _check
 from vqfast.nn.linear_cross_entropy import linear_cross_entropy
 from vqfast.nn.trained_heads import trained_heads
-from vqfast.ops import causal_attention
+from vqfast.ops.causal_attention import causal_attention
 
 __all__ = ["GPT", "GPTConfig"]
 

@@ -118,6 +118,9 @@ NETS = tuple(_TRUNKS)
 class _Scaling(nn.Module):
     """Images in [-1, 1] to the normalisation of the trunks; one channel becomes three."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shift", torch.tensor(_SHIFT, device="cpu").reshape(1, 3, 1, 1))

@@ -12,6 +12,7 @@ tile by itself and blends the seams.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -23,13 +24,16 @@ from vqfast.models.tiled_pool import Pool, give_back_heap
 from vqfast.models.tiled_steps import Bands, Moments, Normalise, Step, Stream, pointwise, steps_of
 from vqfast.nn.attention import SpatialAttention, spatial_attention
 
+if TYPE_CHECKING:  # that file imports this one
+    from vqfast.models.vqgan import Decoder, Encoder
+
 __all__ = ["forward", "least_memory"]
 
 # bands after which what malloc holds is given back: it is a few hundred KiB more after each
 _TIDY = 16
 
 
-def forward(network: nn.Module, x: Tensor, max_memory: int) -> Tensor:
+def forward(network: Encoder | Decoder, x: Tensor, max_memory: int) -> Tensor:
     """network(x) without gradient in `max_memory` bytes, one image at a time.
 
     Args:
@@ -69,7 +73,7 @@ def forward(network: nn.Module, x: Tensor, max_memory: int) -> Tensor:
             return _joined(len(x), images)
 
 
-def least_memory(network: nn.Module, size: tuple[int, int], itemsize: int) -> int:
+def least_memory(network: Encoder | Decoder, size: tuple[int, int], itemsize: int) -> int:
     """The smallest `max_memory` that `forward` takes, in bytes.
 
     Args:
@@ -94,8 +98,9 @@ def _joined(B: int, images: Iterator[Tensor]) -> Tensor:
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    kind = {"dtype": like.dtype, "device": like.device}
-    return torch.empty(shape, **kind, memory_format=torch.channels_last)
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
 
 
 class _Run:
@@ -119,9 +124,7 @@ class _Run:
     def _pass(self, hop: Hop, stop: int) -> None:
         """Gather the statistics of the map before step `stop`; keep the maps if the hop ends."""
         begin, ends = hop.begin, stop == hop.end
-        streams = [
-            self._steps[k].stream(self._norms.get(k), self._pool) for k in range(begin, stop)
-        ]
+        streams = [self._stream(k) for k in range(begin, stop)]
         moments = self._moments(stop)
         kept: Bands = []
         full = [0, 0]
@@ -142,6 +145,12 @@ class _Run:
             self._norms[stop] = self._normalise(stop, moments)
         if ends:
             self._maps = kept
+
+    def _stream(self, k: int) -> Stream:
+        """Step k at the start of a pass."""
+        start = self._steps[k].stream
+        assert start is not None  # attention is a hop of its own
+        return start(self._norms.get(k), self._pool)
 
     def _parts(self, bands: Bands, last: bool, k: int, band: int) -> Iterator[tuple[Bands, bool]]:
         """`bands` before step k, in parts of its height; the flag marks the last of the map."""
@@ -184,13 +193,14 @@ class _Run:
 
     def _moments(self, k: int) -> Moments | None:
         """Empty statistics for the norm of step k; None if it has none."""
-        if k == len(self._steps) or self._steps[k].norm is None:
-            return None
-        return Moments(self._steps[k].norm.num_groups, self._pool)
+        norm = None if k == len(self._steps) else self._steps[k].norm
+        return None if norm is None else Moments(norm.num_groups, self._pool)
 
     def _normalise(self, k: int, moments: Moments) -> Normalise:
         """The norm of step k by the statistics of the map before it."""
-        return Normalise(self._steps[k].norm, moments, self._maps[0].dtype, self._pool)
+        norm = self._steps[k].norm
+        assert norm is not None  # it has moments
+        return Normalise(norm, moments, self._maps[0].dtype, self._pool)
 
     def _attend(self, attention: SpatialAttention, hop: Hop) -> None:
         """x + attention(x), over x itself."""

@@ -82,10 +82,10 @@ class Pool:
 
 def _mapping(size: int) -> mmap.mmap:
     # private: a shared one would be the child's too after a fork, and gets no large pages
-    private = (
-        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    )
-    block = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MAP_PRIVATE"):
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        block = mmap.mmap(-1, size)
     if size >= _LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel that was built without them
             block.madvise(mmap.MADV_HUGEPAGE)

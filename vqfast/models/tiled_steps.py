@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vqfast.models.tiled_pool import Pool
 from vqfast.nn.attention import SpatialAttention
-from vqfast.nn.blocks import Downsample, GroupNormSiLU, ResBlock, Upsample
-from vqfast.ops import group_norm_silu_apply
+from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsample
+from vqfast.ops.group_norm_silu_apply import group_norm_silu_apply
 
 Bands = list[Tensor]  # one band of each map
 Stream = Callable[[Bands, bool], Bands]  # the flag: these are the last ones
@@ -66,11 +66,13 @@ def steps_of(parts: Iterator[nn.Module]) -> list[Step]:
 
 def _resampling(part: nn.Module, norm: nn.GroupNorm | None) -> Step:
     """A convolution alone, with doubled or with halved sides."""
-    conv = part if isinstance(part, nn.Conv2d) else part.conv
+    conv = part.conv if isinstance(part, (Upsample, Downsample)) else part
+    assert isinstance(conv, nn.Conv2d)
     C, O = conv.in_channels, conv.out_channels  # noqa: E741 - the letter of the contract's kernels
-    up, down = 1 + isinstance(part, Upsample), 1 + isinstance(part, Downsample)
-    stream = partial(_Halving, part) if down == 2 else partial(_Convolution, part, conv, up)
-    return Step(stream, (C,), (O,), 9 * C * O, norm, up, down)
+    if isinstance(part, Downsample):
+        return Step(partial(_Halving, part), (C,), (O,), 9 * C * O, norm, down=2)
+    up = 1 + isinstance(part, Upsample)
+    return Step(partial(_Convolution, part, conv, up), (C,), (O,), 9 * C * O, norm, up)
 
 
 def _block(block: ResBlock) -> list[Step]:
@@ -183,8 +185,9 @@ class _Window:
     """A 3x3 convolution of padding 1, perhaps of doubled pixels, over bands."""
 
     def __init__(self, module: nn.Module, conv: nn.Conv2d, scale: int, pool: Pool) -> None:
-        self._module, self._channels, self._scale = module, conv.out_channels, scale
-        self._pool = pool
+        self._module, self._conv, self._scale, self._pool = module, conv, scale, pool
+        # torch computes it, and finds memory for the result by itself
+        self._by_torch = module is conv and not isinstance(conv, Conv3x3)
         self._held: Tensor | None = None  # the last two rows, or the only one
         self._top = 0  # rows of _held whose result is out
 
@@ -195,10 +198,9 @@ class _Window:
         # a copy: a view would keep the band, and a map that is written over would change it
         self._held = self._pool.copy(rows[:, :, -2:])
         if begin >= end:
-            return rows.new_empty((1, self._channels, 0, s * rows.shape[3]))
+            return rows.new_empty((1, self._conv.out_channels, 0, s * rows.shape[3]))
         self._top = 1
-        plain = type(self._module) is nn.Conv2d
-        y = _plain(self._module, rows, self._pool) if plain else self._module(rows)
+        y = _plain(self._conv, rows, self._pool) if self._by_torch else self._module(rows)
         return y[:, :, s * begin : s * end]
 
 

@@ -12,7 +12,7 @@ Source: arXiv:2012.09841; CompVis/taming-transformers taming/models/vqgan.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from vqfast.models.vqgan_config import PRESETS, VQGANConfig
 from vqfast.models.vqgan_run import mark_norms, run
 from vqfast.nn.attention import SpatialAttention
 from vqfast.nn.blocks import Conv3x3, Downsample, GroupNormSiLU, ResBlock, Upsample
+from vqfast.nn.quantizers.base import Quantizer
 from vqfast.nn.quantizers.ema import EMAVectorQuantizer
 from vqfast.nn.quantizers.gumbel import GumbelQuantizer
 from vqfast.nn.quantizers.vector import VectorQuantizer
@@ -81,6 +82,12 @@ class _Level(nn.Module):
                 yield getattr(self, name)
 
 
+def _parts(levels: Iterable[Any]) -> Iterator[nn.Module]:
+    """The layers of one `_Level` after the other."""
+    for level in levels:
+        yield from level.parts()
+
+
 class Encoder(nn.Module):
     """[B, in_channels, H, W] -> [B, z_channels, H/f, W/f]."""
 
@@ -105,8 +112,7 @@ class Encoder(nn.Module):
     def parts(self) -> Iterator[nn.Module]:
         """The layers in the order in which they run, each on the result of the one before."""
         yield self.conv_in
-        for level in self.down:
-            yield from level.parts()
+        yield from _parts(self.down)
         yield from self.mid.values()
         yield self.norm_out
         yield self.conv_out
@@ -142,8 +148,7 @@ class Decoder(nn.Module):
         """The layers in the order in which they run, each on the result of the one before."""
         yield self.conv_in
         yield from self.mid.values()
-        for level in reversed(self.up):
-            yield from level.parts()
+        yield from _parts(reversed(self.up))
         yield self.norm_out
         yield self.conv_out
 
@@ -151,7 +156,7 @@ class Decoder(nn.Module):
         return run(list(self.parts()), z)
 
 
-def _quantizer(c: VQGANConfig) -> nn.Module:
+def _quantizer(c: VQGANConfig) -> Quantizer:
     if c.quantizer == "gumbel":
         return GumbelQuantizer(
             c.z_channels, c.embed_dim, c.n_embed, kl_weight=c.kl_weight, temp_init=c.temp_init
@@ -178,7 +183,7 @@ def _quantizer(c: VQGANConfig) -> nn.Module:
     )
 
 
-def _limited(network: nn.Module, x: Tensor, max_memory: int | None) -> Tensor:
+def _limited(network: Encoder | Decoder, x: Tensor, max_memory: int | None) -> Tensor:
     return network(x) if max_memory is None else tiled.forward(network, x, max_memory)
 
 

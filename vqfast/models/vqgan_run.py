@@ -84,8 +84,8 @@ def _run_by_images(parts: list[nn.Module], x: Tensor) -> tuple[Tensor, list[nn.M
             break
         y = _run_part(part, y)
         done += 1
-    like = {"dtype": y.dtype, "device": y.device, "memory_format": torch.channels_last}
-    together = torch.empty((len(x), *y.shape[1:]), **like)
+    shape = (len(x), *y.shape[1:])
+    together = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
     for i in range(len(x)):
         if i:
             y = image(i)

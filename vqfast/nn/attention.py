@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqfast.nn.blocks import group_norm
 from vqfast.nn.trained_conv import Conv2d
-from vqfast.ops import full_attention
+from vqfast.ops.full_attention import full_attention
 
 # Where `full_attention` is taken: on a CPU, by dtype from this many positions on, up to WIDEST
 # channels. Elsewhere it is torch's fused attention; so on a GPU, until the Triton kernel of

@@ -16,8 +16,11 @@ from torch import Tensor
 from vqfast.nn import known_stats
 from vqfast.nn.trained_conv import Conv2d
 from vqfast.nn.trained_conv3x3 import trained_conv3x3
-from vqfast.ops import conv3x3, conv3x3_down, group_norm_silu, group_norm_silu_apply
+from vqfast.ops.conv3x3 import conv3x3
+from vqfast.ops.conv3x3_down import conv3x3_down
 from vqfast.ops.conv3x3_stats import conv3x3_perhaps_stats
+from vqfast.ops.group_norm_silu import group_norm_silu
+from vqfast.ops.group_norm_silu_apply import group_norm_silu_apply
 
 GROUPS = 32
 # torch's default is 1e-5; every released checkpoint was trained with this one
@@ -53,12 +56,19 @@ def _by_op(x: Tensor, conv: nn.Conv2d) -> bool:
     return x.device.type == "cpu" and right and free
 
 
+def _affine(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that has both."""
+    assert conv.bias is not None
+    return conv.weight, conv.bias
+
+
 class Conv3x3(nn.Conv2d):
     """3x3 convolution, padding 1, of x [B, C, H, W], plus a residual [B, O, H, W] if there is one.
 
     On a CPU it is `ops.conv3x3` in float32 and bfloat16; with gradients it is `trained_conv3x3`.
     """
 
+    bias: nn.Parameter
     before_norm = False  # a `GroupNormSiLU` of this file reads the result next
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -74,12 +84,11 @@ class Conv3x3(nn.Conv2d):
 
     def _noted(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """By an op; the statistics are noted where a normalisation reads the result next."""
-        given = (x, self.weight, self.bias, residual)
         # a hook or a subclass may change the result before it is normalised
         ours = type(self) is Conv3x3 and not self._forward_hooks
         if not self.before_norm or not ours or not known_stats.wanted():
-            return conv3x3(*given)
-        y, stats = conv3x3_perhaps_stats(*given, GROUPS, EPS)
+            return conv3x3(x, self.weight, self.bias, residual)
+        y, stats = conv3x3_perhaps_stats(x, self.weight, self.bias, residual, GROUPS, EPS)
         return y if stats is None else known_stats.note(y, stats)
 
 
@@ -125,7 +134,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if _by_op(x, self.conv):
-            return conv3x3_down(x, self.conv.weight, self.conv.bias)
+            return conv3x3_down(x, *_affine(self.conv))
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -148,9 +157,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            return trained_conv3x3(doubled, self.conv.weight, self.conv.bias)
+            return trained_conv3x3(doubled, *_affine(self.conv))
         if _by_op(x, self.conv):
-            return conv3x3(x, self.conv.weight, self.conv.bias, scale=2)
+            return conv3x3(x, *_affine(self.conv), scale=2)
         # not a question of B: an image is decoded the same in every batch
         if x.shape[2] * x.shape[3] < self.LEAST_POSITIONS:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -164,16 +173,18 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     B, _, H, W = x.shape
     w = weight if weight.dtype == torch.float64 else weight.float()
-    out = None
+    out: Tensor | None = None
     for p, rows in enumerate(_fold(w, 2)):
         for q, phase in enumerate(_fold(rows, 3)):  # [O, C, 2, 2]
             phase = phase.to(weight.dtype, memory_format=torch.channels_last)
             y = F.conv2d(x, phase, bias, padding=1)  # [B, O, H + 1, W + 1]
             if out is None:
                 shape = (B, y.shape[1], 2 * H, 2 * W)
-                like = {"dtype": y.dtype, "device": y.device}
-                out = torch.empty(shape, **like, memory_format=torch.channels_last)
+                out = torch.empty(
+                    shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last
+                )
             out[:, :, p::2, q::2] = y[:, :, p : p + H, q : q + W]
+    assert out is not None  # there are four phases
     return out
 
 

@@ -58,8 +58,9 @@ def note(y: Tensor, stats: Stats) -> Tensor:
 def of(x: Tensor) -> Stats | None:
     """The statistics of x, if x is the tensor that was noted last."""
     last = None if torch.compiler.is_compiling() else _last.get()
-    same = last is not None and last.map is not None and last.map() is x
-    return last.stats if same else None
+    if last is None or last.map is None or last.map() is not x:
+        return None
+    return last.stats
 
 
 def forget() -> None:

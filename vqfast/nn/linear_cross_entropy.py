@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqfast.ops import cross_entropy
+from vqfast.ops.cross_entropy import cross_entropy
 
 _BLOCK = 1 << 23  # logits that a block holds, twice with their gradients
 _FORMATS = (torch.float32, torch.bfloat16)  # in float16 gradients need the scale of the loss

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
-from vqfast.ops import conv3x3_weight, conv_few, conv_few_input, conv_few_weight
+from vqfast.ops.conv3x3_weight import conv3x3_weight
+from vqfast.ops.conv_few import conv_few
+from vqfast.ops.conv_few_input import conv_few_input
+from vqfast.ops.conv_few_weight import conv_few_weight
 
 # of the batch and of channels: on more positions reordering the weight is cheap
 FEW_POSITIONS, LEAST_CHANNELS = 512, 16
@@ -77,8 +81,8 @@ class _Many(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        _, weight, bias = (t if t is None else t.to(x.dtype) for t in (x, weight, bias))
-        return F.conv2d(x, weight, bias, padding=1).detach()
+        b = None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight.to(x.dtype), b, padding=1).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -86,7 +90,7 @@ class _Many(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         return pulled_back(
             ctx,
-            lambda: torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1),
+            lambda: conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1),
             lambda: conv3x3_weight(x, grad, dtype=weight.dtype),
         )
 
@@ -157,6 +161,9 @@ def trained_conv(
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that is `trained_conv` where gradients are recorded. Zeros around x; no groups."""
+
+    weight: nn.Parameter
+    padding: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

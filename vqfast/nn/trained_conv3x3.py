@@ -23,7 +23,8 @@ from vqfast.nn.trained_conv import (
     right_dtypes,
     trained_conv,
 )
-from vqfast.ops import conv3x3, conv3x3_weight
+from vqfast.ops.conv3x3 import conv3x3
+from vqfast.ops.conv3x3_weight import conv3x3_weight
 
 # of an image: on fewer the transforms of the weights cost more than they save (2026-11-30)
 _LEAST_POSITIONS, _LEAST_CHANNELS = 1024, 32

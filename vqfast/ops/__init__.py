@@ -2,7 +2,8 @@
 
 Importing this package imports every file in it, so that all schemas exist before anything is
 traced. A function and its module share a name: `vqfast.ops.nearest` is the function;
-`importlib.import_module("vqfast.ops.nearest")` the module.
+`importlib.import_module("vqfast.ops.nearest")` the module. This package's own files take a function
+from its module: where files import one another, mypy takes `vqfast.ops.nearest` for the module.
 """
 
 import importlib

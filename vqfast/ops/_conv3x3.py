@@ -33,10 +33,10 @@ def rows(
     Raises:
         TypeError, ValueError, RuntimeError: as `conv3x3`.
     """
-    inputs = (("x", x), ("weight", weight), ("bias", bias), ("residual", residual))
+    inputs = [("x", x), ("weight", weight), ("bias", bias)]
+    if residual is not None:
+        inputs.append(("residual", residual))
     for name, t in inputs:
-        if t is None and name == "residual":
-            continue
         _check.floating(name, t)
         _check.same_dtype(name, t, "x", x)
         _check.same_device(name, t, "x", x)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from vqfast import _check
 from vqfast._dispatch import Op
@@ -23,7 +24,7 @@ from vqfast._dispatch import Op
 def _reference(x: Tensor, grad: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     """x [B, H, W, C], grad [B, H, W, O] -> dw [O, 3, 3, C], db [O]."""
     g, shape = grad.movedim(-1, 1), (grad.shape[-1], x.shape[-1], 3, 3)
-    dw = torch.nn.grad.conv2d_weight(x.movedim(-1, 1), shape, g, padding=1)
+    dw = conv2d_weight(x.movedim(-1, 1), shape, g, padding=1)
     dw, db = dw.movedim(1, -1).contiguous(), grad.sum((0, 1, 2))
     return (dw.float(), db.float()) if wide else (dw, db)
 

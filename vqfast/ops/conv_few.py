@@ -67,9 +67,10 @@ def conv_few(
     Cost: reads B·H·W·C + k²·C·O values, writes B·h·w·O.
     Source: arXiv:1410.0759 section 3.
     """
-    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
-        if t is None and name == "bias":
-            continue
+    inputs = [("x", x), ("weight", weight)]
+    if bias is not None:
+        inputs.append(("bias", bias))
+    for name, t in inputs:
         _check.floating(name, t)
         _check.same_device(name, t, "x", x)
         if torch.is_grad_enabled() and t.requires_grad:

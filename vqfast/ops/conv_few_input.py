@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from vqfast import _check
 from vqfast._dispatch import Op
@@ -26,7 +27,7 @@ def _reference(
     w = weight.movedim(-1, 1).to(grad.dtype)
     shape = (grad.shape[0], weight.shape[-1], height, width)
     steps = {"stride": stride, "padding": padding}
-    dx = torch.nn.grad.conv2d_input(shape, w, grad.movedim(-1, 1), **steps)
+    dx = conv2d_input(shape, w, grad.movedim(-1, 1), **steps)
     return dx.movedim(1, -1).contiguous()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from vqfast import _check
 from vqfast._dispatch import Op
@@ -25,7 +26,7 @@ def _reference(
     """x [B, H, W, C], grad [B, h, w, O] -> dw [O, k, k, C], db [O]."""
     shape = (grad.shape[-1], x.shape[-1], side, side)
     steps = {"stride": stride, "padding": padding}
-    dw = torch.nn.grad.conv2d_weight(x.movedim(-1, 1), shape, grad.movedim(-1, 1), **steps)
+    dw = conv2d_weight(x.movedim(-1, 1), shape, grad.movedim(-1, 1), **steps)
     dw, db = dw.movedim(1, -1).contiguous(), grad.sum((0, 1, 2))
     return (dw.float(), db.float()) if wide else (dw, db)
 

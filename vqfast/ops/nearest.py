@@ -14,7 +14,7 @@ Cost: N·K·D multiply-adds, reads N·D + K·D values; N×K is never held.
 Source: the definition is this project's; formula of arXiv:1711.00937 eq. 1-2.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -162,6 +162,18 @@ def search(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
+@overload
+def nearest(
+    z: Tensor, codebook: Tensor, *, metric: str = ..., return_distance: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def nearest(
+    z: Tensor, codebook: Tensor, *, metric: str = ..., return_distance: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def nearest(
+    z: Tensor, codebook: Tensor, *, metric: str = ..., return_distance: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def nearest(
     z: Tensor, codebook: Tensor, *, metric: str = "l2", return_distance: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

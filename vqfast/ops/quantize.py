@@ -181,7 +181,8 @@ def counted(
     _nearest.check(z, codebook, metric)
     beta = _check.number("beta", beta, low=0.0)
     flat = z.reshape(-1, z.shape[-1])
-    x, codes, searched = flat, codebook, (None, None)
+    x, codes = flat, codebook
+    searched: tuple[Tensor | None, Tensor | None] = (None, None)
     if metric == "cosine":
         x, codes = (F.normalize(_wide(t), dim=-1) for t in (flat, codebook))
         searched = flat.detach(), codebook.detach()  # by float64 norms of its own

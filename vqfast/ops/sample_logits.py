@@ -19,6 +19,8 @@ Source: arXiv:1904.09751 (top-p); Salmon et al., "Parallel random numbers: as ea
 SC 2011 (Philox); CompVis/taming-transformers taming/modules/transformer/mingpt.py (the order).
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -123,6 +125,15 @@ _OP = Op(
     reference=_reference,
     outputs=_outputs,
 )
+
+
+class DrawOptions(TypedDict):
+    """How a token is drawn; the arguments of these names of `sample_logits`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
 
 
 def check_options(

@@ -18,7 +18,7 @@ class Case(NamedTuple):
     shape: dict[str, int]
     tags: frozenset[str]
 
-    def __getitem__(self, letter: str) -> int:  # type: ignore[override]
+    def __getitem__(self, letter: str) -> int:  # type: ignore[override]  # by letter
         return self.shape[letter]
 
 

@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     rows: int
     searches: int
     seconds: float
-    counts: dict[str, Counter]
+    counts: dict[str, Counter[str]]
     failures: list[str]
 
 
@@ -65,7 +65,8 @@ def run(
 ) -> Outcome:
     """Searches `first`, `first` + 1, ... until one of the limits is met or five failed."""
     begin, told, done, index = time.monotonic(), 0.0, 0, first
-    counts = {k: Counter() for k in ("kind", "metric", "dtype", "isa", "threads")}
+    kinds = ("kind", "metric", "dtype", "isa", "threads")
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     failures: list[str] = []
     while done < rows and index - first < count and len(failures) < _MOST_FAILURES:
         spent = time.monotonic() - begin
@@ -99,17 +100,16 @@ def _place(seed: int, index: int, device: str) -> tuple[str, int]:
 
 @contextmanager
 def _at(isa: str, threads: int):
-    library, before = _native.load(), torch.get_num_threads()
-    forced = library is not None and isa in _native.ISAS
-    kept = library.selected() if forced else ""
+    library = _native.load() if isa in _native.ISAS else None
+    before, kept = torch.get_num_threads(), library.selected() if library else ""
     torch.set_num_threads(threads)
-    if forced:
+    if library:
         library.select(isa)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        if forced:
+        if library:
             library.select(kept)
 
 

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -254,14 +254,18 @@ class TokenizerStage(Stage):
         """Guard, clip and step; the gradient norms. BadStep before any weight of `nets` moves."""
         norms = {net: self.unscaled_norm(net) for net in nets}
         parts: dict[str, Tensor] = {}
+
+        def total(name: str) -> Tensor:
+            return cast(Tensor, sum(row[name] for row in rows))  # there is one row at least
+
         if "model" in nets:
             names = ("rec_loss", "p_loss", "quant_loss", "g_loss", "d_weight")
             said = ("rec loss", "perceptual loss", "codebook loss", "gan loss", "gan weight")
             for name, label in zip(names, said, strict=True):
-                parts[label] = sum(row[name] for row in rows)  # type: ignore[assignment]
+                parts[label] = total(name)
             parts["rec gradient"] = norms["model"]
         if "discriminator" in nets:
-            parts["gan discriminator loss"] = sum(row["disc_loss"] for row in rows)  # type: ignore[assignment]
+            parts["gan discriminator loss"] = total("disc_loss")
             parts["gan discriminator gradient"] = norms["discriminator"]
         self.check(parts)
         for net in nets:

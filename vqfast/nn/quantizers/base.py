@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from vqfast import _check
 
+Info = tuple[Tensor, None, Tensor]  # perplexity, taming's place for a one-hot matrix, indices
+
 
 def channels_last(z: Tensor) -> Tensor:
     """[B, D, ...] -> [B, ..., D], a view."""
@@ -56,6 +58,9 @@ class Quantizer(nn.Module):
             "extra" (one more id at the end, which decodes to the first kept code), or an id.
     """
 
+    used: Tensor  # both with `remap` alone
+    unknown_index: str | int  # "random" or an id
+
     def __init__(
         self,
         n: int,
@@ -85,6 +90,10 @@ class Quantizer(nn.Module):
         """What indices point at, [n, dim], in float32 or wider."""
         raise NotImplementedError
 
+    def codes(self, z: Tensor) -> Tensor:
+        """z [B, dim, h, w] -> indices [B, h, w] int64, without gradient."""
+        raise NotImplementedError
+
     def remap_to_used(self, indices: Tensor) -> Tensor:
         """Ids of all codes -> ids among the kept ones; same shape."""
         place = torch.arange(len(self.used), device=indices.device)
@@ -92,7 +101,7 @@ class Quantizer(nn.Module):
         table = table.scatter_reduce(0, self.used.to(indices.device), place, "amin")  # [n]
         new = table[indices]
         unknown = new == len(self.used)
-        if self.unknown_index == "random":
+        if isinstance(self.unknown_index, str):
             drawn = torch.randint(self.re_embed, indices.shape, device=indices.device)
         else:
             drawn = torch.full_like(indices, self.unknown_index)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity_of_counts, wide
-from vqfast.ops import nearest
+from vqfast.nn.quantizers.base import Info, Quantizer, channels_last, perplexity_of_counts, wide
+from vqfast.ops.nearest import nearest
 
 # private functions; those of their names replace the modules as attributes of vqfast.ops
 _quantize = importlib.import_module("vqfast.ops.quantize")
@@ -36,6 +36,10 @@ def _distributed() -> bool:
 
 class _Codebook(nn.Module):
     """Buffers under taming's names: weight [n, dim], cluster_size [n], embed_avg [n, dim]."""
+
+    weight: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
 
     def __init__(self, n: int, dim: int) -> None:
         super().__init__()
@@ -103,7 +107,7 @@ class EMAVectorQuantizer(Quantizer):
         indices = nearest(channels_last(self._latents(z)), self.codebook())
         return indices if self.remap is None else self.remap_to_used(indices)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Info]:
         """
         Returns:
             z_q [B, D, h, w] like z, from the codebook before this update; loss [];

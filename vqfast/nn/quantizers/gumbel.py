@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.nn.quantizers.base import Quantizer, perplexity, wide
+from vqfast.nn.quantizers.base import Info, Quantizer, perplexity, wide
 
 _EPS = 1e-10  # inside the logarithm, as taming has it
 
@@ -70,6 +70,7 @@ class GumbelQuantizer(Quantizer):
     def logits(self, z: Tensor) -> Tensor:
         """z [B, num_hiddens, h, w] -> [B, n, h, w] in float32 or wider; n kept codes."""
         z = self._latents(z, self.num_hiddens)
+        assert self.proj.bias is not None
         weight, bias = wide(self.proj.weight), wide(self.proj.bias)
         if self.remap is not None:
             weight, bias = weight[self.used], bias[self.used]
@@ -88,7 +89,11 @@ class GumbelQuantizer(Quantizer):
 
     def forward(
         self, z: Tensor, temp: float | None = None, return_logits: bool = False
-    ) -> tuple[Tensor, ...]:
+    ) -> (
+        tuple[Tensor, Tensor, Info]
+        | tuple[Tensor, Tensor, Info, Tensor]
+        | tuple[Tensor, Tensor, Tensor]
+    ):
         """
         Args:
             z: [B, num_hiddens, h, w].

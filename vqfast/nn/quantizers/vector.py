@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import _check
-from vqfast.nn.quantizers.base import Quantizer, channels_last, perplexity_of_counts, wide
-from vqfast.ops import nearest
+from vqfast.nn.quantizers.base import Info, Quantizer, channels_last, perplexity_of_counts, wide
+from vqfast.ops.nearest import nearest
 
 # the function of this name replaces the module as attribute of vqfast.ops
 _quantize = importlib.import_module("vqfast.ops.quantize")
@@ -71,7 +71,7 @@ class VectorQuantizer(Quantizer):
         temp: float | None = None,
         rescale_logits: bool = False,
         return_logits: bool = False,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Info]:
         """
         Args:
             z: [B, D, h, w].
