@@ -65,6 +65,7 @@ REFUSES(conv3x3_weight, why_not)
 #include "dot.h"
 #include "winograd.h"
 #include "fixed_point.h"
+#include "winograd_gradient.h"
 // clang-format on
 
 namespace vqfast::VQFAST_ISA {
@@ -80,44 +81,34 @@ constexpr int64_t kFewChannels = 128, kMostSpans = 4, kSpanBlocks = 8;
 // T: of x and g; To: of dw and db; kOut: rows and columns of a tile
 template <class T, class To, int kOut>
 struct Gradient {
-  static constexpr bool kFixed = sizeof(T) == 2;  // factors in int16
-  static constexpr int kPer = kFixed ? 2 : 1;     // tiles to a word
+  using Tiles = GradientTiles<T, kOut>;
+  using Column = typename Tiles::Column;
+  static constexpr bool kFixed = Tiles::kFixed;
+  static constexpr int kTaps = Tiles::kTaps, kF = Tiles::kF;
+  static constexpr int64_t kWords = Tiles::kWords, kTiles = Tiles::kTiles;
   // outputs of a register tile; float32 has its sums twice
   static constexpr int kRows = kFixed && kLanes == 16 ? 8 : 4;
   static constexpr int64_t kPart = 8;  // words that float32 adds one after the other
-  using Line = Winograd<kOut, false>;
-  static constexpr int kTaps = Line::kTaps, kF = kTaps * kTaps;
-  static constexpr int64_t kWords = kFixed ? 32 : 64;  // of a block
-  static constexpr int64_t kTiles = kWords * kPer;
   // from frequency to frequency; without the odd vectors here and below all of them would fall into
   // the same sets of L1
   static constexpr int64_t kPanelSize = kWords * kPanel + kLanes;
-  static constexpr int64_t kStage = kTiles * kLanes + kLanes;  // of values before rounding
 
-  int64_t B, H, W, C, O, across, tiles, outputs;  // tiles: of one image; outputs: of a unit
-  const T *x, *g;
+  Tiles map;
+  int64_t C, O, outputs;  // outputs: of a unit
   To *dw, *db;
-  int64_t blocks, spans;                       // of tiles; of blocks
-  Scratch<float> input_scale, gradient_scale;  // [B tiles], to whole blocks
-  Scratch<float> span_sums, span_bias;         // [spans, units, kF size()] and [spans, O]
+  int64_t spans;                        // of blocks
+  Scratch<float> span_sums, span_bias;  // [spans, units, kF size()] and [spans, O]
 
   explicit Gradient(const Args& a)
-      : B(a.t[0].shape[0]),
-        H(a.t[0].shape[1]),
-        W(a.t[0].shape[2]),
-        C(a.t[0].shape[3]),
-        O(a.t[1].shape[3]),
-        across((W + kOut - 1) / kOut),
-        tiles((H + kOut - 1) / kOut * across),
+      : map(a),
+        C(map.C),
+        O(map.O),
         outputs(std::min(kMostOutputs, whole_vectors(O))),
-        x(a.t[0].as<T>()),
-        g(a.t[1].as<T>()),
         dw(a.t[2].as<To>()),
         db(a.t[3].as<To>()),
-        blocks(std::max<int64_t>(1, (B * tiles + kTiles - 1) / kTiles)),
         spans(C > kFewChannels || O > kMostOutputs
                   ? 1
-                  : std::clamp<int64_t>(blocks / kSpanBlocks, 1, kMostSpans)) {
+                  : std::clamp<int64_t>(map.blocks / kSpanBlocks, 1, kMostSpans)) {
     while (outputs > kLeast && spans * units() < a.threads) outputs = whole_vectors(outputs / 2);
   }
 
@@ -126,161 +117,6 @@ struct Gradient {
   int64_t units() const { return (O + outputs - 1) / outputs * panels(); }
   int64_t block_size() const { return outputs * kWords + kLanes; }  // of one frequency
   int64_t size() const { return outputs * kPanel + kLanes; }        // likewise of sums of a unit
-
-  Scratch<T> no_pixel() const {
-    auto zeros = scratch<T>(std::max(C, O));
-    std::fill_n(zeros.get(), std::max(C, O), T{});
-    return zeros;
-  }
-
-  // where the tiles of a block are; what lies outside, and tiles past the last, are at zeros
-  struct Places {
-    const T* input[kTiles][kF];
-    const T* gradient[kTiles][kOut * kOut];
-    const float *input_scale, *gradient_scale;  // of int16: see balance
-  };
-
-  // of the block that begins at a tile
-  void find(int64_t begin, const T* zeros, Places& at) const {
-    const int64_t end = std::min(B * tiles, begin + kTiles);
-    at.input_scale = input_scale.get() + begin;
-    at.gradient_scale = gradient_scale.get() + begin;
-    for (int64_t n = 0; n < kTiles; ++n) {
-      const int64_t tile = begin + n, image = tile / tiles;
-      const int64_t top = tile % tiles / across * kOut, left = tile % across * kOut;
-      const auto place = [&](const T* of, int64_t row, int64_t column, int64_t width) {
-        const bool inside = tile < end && row >= 0 && row < H && column >= 0 && column < W;
-        return inside ? of + ((image * H + row) * W + column) * width : zeros;
-      };
-      for (int i = 0; i < kTaps; ++i)
-        for (int j = 0; j < kTaps; ++j)
-          at.input[n][i * kTaps + j] = place(x, top + i - 1, left + j - 1, C);
-      for (int i = 0; i < kOut; ++i)
-        for (int j = 0; j < kOut; ++j)
-          at.gradient[n][i * kOut + j] = place(g, top + i, left + j, O);
-    }
-  }
-
-  // A tile's inputs and gradients by powers of two, one the reciprocal of the other, that make both
-  // about as large: large inputs with small gradients do not push the other tiles out.
-  void balance(int64_t begin, const Places& at) const {
-    for (int64_t n = 0; n < kTiles; ++n) {
-      const int input = largest_bits(at.input[n], kF, C);
-      const int gradient = largest_bits(at.gradient[n], kOut * kOut, O);
-      const bool finite = input < kInfinity && gradient < kInfinity;
-      const int power = finite ? std::clamp(((gradient >> 7) - (input >> 7)) / 2, -120, 120) : 0;
-      const bool zero = input == 0 || gradient == 0;
-      input_scale[begin + n] = zero ? 0.0f : std::ldexp(1.0f, power);
-      gradient_scale[begin + n] = zero ? 0.0f : std::ldexp(1.0f, -power);
-    }
-  }
-
-  // A thread that has a span to itself balances a block as it comes to it instead, and finds it in
-  // cache then.
-  void balance_all(int threads) const {
-    parallel_for(threads, blocks, 1, [&](int64_t from, int64_t to) {
-      const auto zeros = no_pixel();
-      const auto at = scratch<Places>(1);
-      for (int64_t block = from; block < to; ++block) {
-        find(block * kTiles, zeros.get(), *at.get());
-        balance(block * kTiles, *at.get());
-      }
-    });
-  }
-
-  // take(f, B' d B) of channels [c, c + n) of a tile
-  template <class Take>
-  VQFAST_INLINE void transform_input(const Places& at, int64_t tile, int64_t c, int n,
-                                     Take&& take) const {
-    along_both<Line::inputs, kTaps, kTaps>(
-        [&](int i, int j) __attribute__((always_inline)) {
-          const VF d = load_n(at.input[tile][i * kTaps + j] + c, n);
-          return kFixed ? d * at.input_scale[tile] : d;
-        },
-        [&](int i, int j, VF v) __attribute__((always_inline)) { take(i * kTaps + j, v); });
-  }
-
-  // take(f, A g A') of outputs [o, o + n) of a tile; returns the sum of its gradients
-  template <class Take>
-  VQFAST_INLINE VF transform_gradient(const Places& at, int64_t tile, int64_t o, int n,
-                                      Take&& take) const {
-    VF sums[kOut] = {};  // of columns
-    along_both<Line::output_gradients, kOut, kTaps>(
-        [&](int i, int j) __attribute__((always_inline)) {
-          const VF d = load_n(at.gradient[tile][i * kOut + j] + o, n);
-          sums[j] += d;
-          return kFixed ? d * at.gradient_scale[tile] : d;
-        },
-        [&](int i, int j, VF v) __attribute__((always_inline)) { take(i * kTaps + j, v); });
-    VF total{};
-    for (int j = 0; j < kOut; ++j) total += sums[j];
-    return total;
-  }
-
-  // Where one vector of transformed values goes: word t of frequency f to to[f * stride + t *
-  // step]; what undoes the factors of int16 to inverse[f * apart].
-  struct Column {
-    int32_t* to;
-    int64_t stride, step;
-    float* inverse;
-    int64_t apart;
-  };
-
-  // transform(tile, take) for all tiles of n words, rounded
-  template <class Transform>
-  VQFAST_INLINE static void fill(const Column& of, int64_t words, float* stage,
-                                 Transform&& transform) {
-    if constexpr (!kFixed) {
-      for (int64_t t = 0; t < words; ++t)
-        transform(t, [&](int f, VF v) __attribute__((always_inline)) {
-          store(reinterpret_cast<float*>(of.to) + f * of.stride + t * of.step, v);
-        });
-    } else {
-      const int64_t count = (words + 1) / 2 * 4;
-      for (int64_t t = 0; t < count; ++t)
-        transform(t, [&](int f, VF v) __attribute__((always_inline)) {
-          store(stage + f * kStage + t * kLanes, v);
-        });
-      for (int f = 0; f < kF; ++f) {
-        const float* two = stage + f * kStage;
-        const VF factor = bounding_factors(two, count);
-        store(of.inverse + f * of.apart, 1.0f / factor);
-        int32_t* to = of.to + f * of.stride;
-        for (int64_t t = 0, step = of.step; t < words; ++t, to += step, two += 2 * kLanes) {
-          const VI word = int16_pair(load(two) * factor, load(two + kLanes) * factor);
-          __builtin_memcpy(to, &word, sizeof word);
-        }
-      }
-    }
-  }
-
-  __attribute__((noinline)) void fill_inputs(const Column& of, int64_t words, float* stage,
-                                             const Places& at, int64_t c) const {
-    const auto some = [&](int n) __attribute__((always_inline)) {
-      fill(of, words, stage, [&](int64_t tile, auto&& take) __attribute__((always_inline)) {
-        transform_input(at, tile, c, n, take);
-      });
-    };
-    if (C - c >= kLanes)
-      some(kLanes);
-    else
-      some(static_cast<int>(C - c));
-  }
-
-  __attribute__((noinline)) VF fill_gradients(const Column& of, int64_t words, float* stage,
-                                              const Places& at, int64_t o) const {
-    VF total{};
-    const auto some = [&](int n) __attribute__((always_inline)) {
-      fill(of, words, stage, [&](int64_t tile, auto&& take) __attribute__((always_inline)) {
-        total += transform_gradient(at, tile, o, n, take);
-      });
-    };
-    if (O - o >= kLanes)
-      some(kLanes);
-    else
-      some(static_cast<int>(O - o));
-    return total;
-  }
 
   // Every loop over the rows is unrolled by hand, the first one too: one that is not keeps the sums
   // in memory.
@@ -359,7 +195,7 @@ struct Gradient {
       const int64_t c = panel * kPanel + half;
       if (c >= C) return;
       const int n = static_cast<int>(std::min<int64_t>(kLanes, C - c));
-      along_both<Line::weight_gradients, kTaps, 3>(
+      along_both<Tiles::Line::weight_gradients, kTaps, 3>(
           [&](int i, int j)
               __attribute__((always_inline)) { return load(m + (i * kTaps + j) * stride + half); },
           [&](int p, int q, VF v)
@@ -371,34 +207,34 @@ struct Gradient {
   // tiles are not balanced yet. The sums of one of several spans -> span_sums, span_bias.
   void run_outputs(int64_t span, int64_t first, int64_t from, int64_t to, bool fresh) const {
     const int64_t here = std::min(outputs, O - first), vectors = (here + kLanes - 1) / kLanes;
-    const int64_t start = blocks * span / spans * kTiles;
-    const int64_t stop = std::min(B * tiles, blocks * (span + 1) / spans * kTiles);
+    const int64_t start = map.blocks * span / spans * kTiles;
+    const int64_t stop = std::min(map.B * map.tiles, map.blocks * (span + 1) / spans * kTiles);
     const auto u = scratch<int32_t>(kF * block_size());
     const auto v = scratch<int32_t>(kF * kPanelSize);
-    const auto stage = scratch<float>(kFixed ? kF * kStage : 0);
+    const auto stage = scratch<float>(kFixed ? kF * Tiles::kStage : 0);
     const auto u_inverse = scratch<float>(kF * outputs), v_inverse = scratch<float>(kF * kPanel);
-    const auto zeros = no_pixel();
-    const auto at = scratch<Places>(1);
+    const auto zeros = map.no_pixel();
+    const auto at = scratch<typename Tiles::Places>(1);
     std::vector<float> bias(static_cast<size_t>(outputs));
     const bool once = stop - start <= kTiles;  // the sums of a panel are used up at once
     const auto own = scratch<float>(spans > 1 ? 0 : (once ? 1 : to - from) * kF * size());
     for (int64_t begin = start; begin < stop || begin == start; begin += kTiles) {
       const int64_t end = std::min(stop, begin + kTiles);
-      const int64_t words = (end - begin + kPer - 1) / kPer;
-      find(begin, zeros.get(), *at.get());
+      const int64_t words = (end - begin + Tiles::kPer - 1) / Tiles::kPer;
+      map.find(begin, zeros.get(), *at.get());
       if constexpr (kFixed)
-        if (fresh) balance(begin, *at.get());
+        if (fresh) map.balance(begin, *at.get());
       for (int64_t k = 0; k < vectors; ++k) {
         const Column of{u.get() + k * kWords * kLanes, block_size(), kLanes,
                         u_inverse.get() + k * kLanes, outputs};
-        const VF total = fill_gradients(of, words, stage.get(), *at.get(), first + k * kLanes);
+        const VF total = map.fill_gradients(of, words, stage.get(), *at.get(), first + k * kLanes);
         float* b = bias.data() + k * kLanes;
         store(b, load(b) + total);
       }
       for (int64_t p = from; p < to; ++p) {
         for (int half = 0; half < kPanel && p * kPanel + half < C; half += kLanes) {
           const Column of{v.get() + half, kPanelSize, kPanel, v_inverse.get() + half, kPanel};
-          fill_inputs(of, words, stage.get(), *at.get(), p * kPanel + half);
+          map.fill_inputs(of, words, stage.get(), *at.get(), p * kPanel + half);
         }
         float* m =
             spans > 1 ? sums_of(span, first, p) : own.get() + (once ? 0 : p - from) * kF * size();
@@ -452,10 +288,8 @@ struct Gradient {
   void run(int threads) {
     const int64_t many = panels(), of_span = units();
     const bool apart = spans % threads == 0;  // each span has one thread
-    input_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
-    gradient_scale = scratch<float>(kFixed ? blocks * kTiles : 0);
     if constexpr (kFixed)
-      if (!apart) balance_all(threads);
+      if (!apart) map.balance_all(threads);
     span_sums = scratch<float>(spans > 1 ? spans * of_span * kF * size() : 0);
     span_bias = scratch<float>(spans > 1 ? spans * O : 0);
     parallel_for(threads, spans * of_span, apart ? of_span : 1, [&](int64_t from, int64_t to) {
