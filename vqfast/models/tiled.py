@@ -40,8 +40,8 @@ def forward(network: Encoder | Decoder, x: Tensor, max_memory: int) -> Tensor:
         network: an Encoder or a Decoder.
         x: [B, C, H, W] as the network takes it.
         max_memory: bytes of maps and bands, beyond the weights, x and the result. On Linux the
-            process took up to 47 MiB more (512 and 1024 px), packed weights above all. Where they
-            suffice for an image as a whole the network itself is called.
+            process took up to 26 MiB more (512 px to 4096 x 2048), packed weights above all. Where
+            they suffice for an image as a whole the network itself is called.
 
     Returns:
         What the network returns, up to rounding.

@@ -251,8 +251,8 @@ class VQGAN(nn.Module):
             x: floating point, sides multiples of f.
             max_memory: bytes for the encoder's maps beyond weights, input and result: it then
                 works through bands of rows, image by image, without gradient, and gives the same
-                up to rounding (`models.tiled`). The less, the longer it takes. On Linux up to 64
-                MiB more are taken by packed weights. None: no limit.
+                up to rounding (`models.tiled`). The less, the longer it takes. On Linux up to 26
+                MiB more were taken, packed weights above all. None: no limit.
 
         Raises:
             TypeError: x is not a floating-point tensor, max_memory no int.
