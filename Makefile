@@ -9,7 +9,7 @@ build:  # recompile the native library in place, without an isolated environment
 	$(PYTHON) setup.py -q build_ext --inplace
 
 test:
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 lint:
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy

@@ -4,6 +4,10 @@ import importlib
 import os
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores; read as torch is loaded
+    _each = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _each)))
+
 import numpy as np
 import pytest
 import torch
