@@ -41,7 +41,7 @@ def reference(raw, inputs, wide=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("raw,backend,case,maker", calls())
+@pytest.mark.parametrize("raw,backend,case,maker", list(calls()))
 def test_kernel_keeps_the_budget(raw, backend, case, maker, dtype, poison):
     inputs = maker(case, dtype, "cuda")
     outs = run(raw, backend, inputs)
