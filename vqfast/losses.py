@@ -208,7 +208,8 @@ class Stage1Loss(nn.Module):
             rec, perceptual = self._pixel_loss(x, leaf), zero
             if self.perceptual is not None:
                 perceptual = self.perceptual(_wide(x), leaf).mean()
-            if factor and self.discriminator is not None:
+            if factor:
+                assert self.discriminator is not None  # disc_factor is not 0
                 gan = -_wide(_frozen(self.discriminator, leaf)).mean()
         nll = rec + self.perceptual_weight * perceptual
         codebook = codebook_loss.mean()
